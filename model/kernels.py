@@ -1,0 +1,62 @@
+"""Compiled loops (numba) over packed pyramids: the fast twins of plain PyTorch code, for the CPU; imported only when used."""
+
+import math
+
+import numba
+import numpy as np
+
+__all__ = ["extract_patches"]
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract", "arcp", "nsz"})
+def extract_patches(
+    texels: np.ndarray,
+    offset: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    stride: np.ndarray,
+    size: np.ndarray,
+    gaze: np.ndarray,
+    scene: np.ndarray,
+    points: int,
+    step: float,
+    out: np.ndarray,
+) -> None:
+    """Fill ``out (n, points²)`` with the patches of ``gaze (n, 4)`` on scenes ``scene (n,)``.
+
+    Convention: as `foveate.model.patch`; `step` is the lattice step in canonical pixels.
+    """
+    top_level = offset.shape[1] - 1
+    for n in numba.prange(gaze.shape[0]):
+        i = scene[n]
+        a, b, tx, ty = gaze[n, 0], gaze[n, 1], gaze[n, 2], gaze[n, 3]
+        square = (a * a + b * b) * step * step
+        level = min(math.log2(max(square, 1.0)), top_level - 1e-9)
+        lower = int(level)
+        fraction = level - lower
+        limit_x, limit_y = float(size[i, 1] - 1), float(size[i, 0] - 1)
+        half = (points - 1) / 2
+        for which in range(2):
+            weight = 1.0 - fraction if which == 0 else fraction
+            k = lower + which
+            begin, width, height = offset[i, k], columns[i, k], rows[i, k]
+            inverse = 1.0 / stride[i, k]
+            right = 1 if width > 1 else 0
+            down = width if height > 1 else 0
+            last_x, last_y = max(width - 2, 0), max(height - 2, 0)
+            for r in range(points):
+                py = (r - half) * step
+                for c in range(points):
+                    px = (c - half) * step
+                    x = min(max(a * px - b * py + tx, 0.0), limit_x) * inverse
+                    y = min(max(b * px + a * py + ty, 0.0), limit_y) * inverse
+                    column, row = min(int(x), last_x), min(int(y), last_y)
+                    fx, fy = x - column, y - row
+                    here = begin + row * width + column
+                    top = texels[here] + fx * (texels[here + right] - texels[here])
+                    bottom = texels[here + down] + fx * (texels[here + down + right] - texels[here + down])
+                    value = weight * (top + fy * (bottom - top))
+                    if which == 0:
+                        out[n, r * points + c] = value
+                    else:
+                        out[n, r * points + c] += value

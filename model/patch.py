@@ -1,0 +1,272 @@
+r"""Patches x(u): anti-aliased extraction from scene pyramids of any sizes, and the normalised density coordinates of a patch.
+
+Convention (the whole module): scene pixel (x right, y down), centres at integers; canonical pixels centred on the patch; a gaze
+``(a, b, tx, ty)`` maps canonical to scene (`foveate.model.gaze`). Intensities in [0, 1]. Level k of a scene is the scene
+blurred by a Gaussian of sd ``0.5 · 2^{k/2}`` scene pixels (k = 1 … 12, level 0 is the scene; edges replicated, kernel cut
+at 4 sd). A lattice of step ``q`` canonical pixels under a gaze of scale s reads at ``l = max(0, 2 log2(s q))`` by linear
+interpolation between levels floor(l) and floor(l) + 1, bilinear within a level, edges replicated: x(u) is continuous in u.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
+
+__all__ = [
+    "LEVELS",
+    "Pyramid",
+    "density_coordinates",
+    "extract",
+    "from_density_coordinates",
+    "normalise",
+]
+
+LEVELS = 12
+PIXELS = gazes.CANONICAL_SIZE**2
+
+# The noise that keeps the normalisation of a flat patch finite: 5 % of the intensity range.
+NORMALISING_FLOOR = 0.05
+
+
+class Pyramid:
+    """Blurred levels of one or more scenes of any sizes, packed into one flat buffer so that one gather reads them all.
+
+    Attributes:
+        texels: ``(total,)`` all levels of all scenes, row-major, one after the other.
+        offset: ``(scene, level)`` where a level begins in `texels`.
+        rows, columns: ``(scene, level)`` size of a level in its own samples.
+        stride: ``(scene, level)`` scene pixels from one sample to the next; sample j lies at scene pixel ``j · stride``.
+        size: ``(scene, 2)`` height and width of the scenes in pixels.
+
+    Convention: as the module. With ``oversampling=None`` every level keeps one sample a pixel and extraction equals the
+    definition; with ``oversampling=r`` a level of blur sd σ keeps one sample every ``2^⌊log2(σ/r)⌋`` pixels (at least 1), which
+    differs from the definition only by the curvature of an image already blurred by r samples.
+    """
+
+    def __init__(self, texels: Tensor, offset: Tensor, rows: Tensor, columns: Tensor, stride: Tensor, size: Tensor):
+        self.texels, self.offset, self.rows, self.columns = texels, offset, rows, columns
+        self.stride, self.size = stride, size
+
+    @classmethod
+    def build(
+        cls,
+        pictures: Sequence[Tensor],
+        oversampling: float | None = 2.0,
+        finest: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> "Pyramid":
+        """Blur every picture to every level.
+
+        Args:
+            pictures: tensors ``(height, width)`` in [0, 1], of any sizes, on one device.
+            oversampling: samples kept per blur sd, or None for one sample a pixel at every level.
+            finest: levels below this one are not built and read as this one: it bounds the memory of a large photograph.
+            dtype: of the texels; the pictures' own by default.
+        """
+        if len(pictures) == 0:
+            raise InputError("a pyramid needs at least one picture, got an empty list")
+        blocks: list[Tensor] = []
+        table = np.zeros((4, len(pictures), LEVELS + 1), dtype=np.int64)
+        begin = 0
+        for i, picture in enumerate(pictures):
+            if picture.ndim != 2 or min(picture.shape) < 2:
+                raise InputError(f"picture {i} has shape {tuple(picture.shape)}: needed is (height, width), both at least 2")
+            picture = picture.to(dtype or picture.dtype)
+            for k in range(finest, LEVELS + 1):
+                step = _stride(k, oversampling)
+                block = _blurred(picture, k, step)
+                table[:, i, k] = begin, block.shape[0], block.shape[1], step
+                blocks.append(block.reshape(-1))
+                begin += block.numel()
+            table[:, i, :finest] = table[:, i, finest : finest + 1]
+        device = pictures[0].device
+        offset, rows, columns, stride = torch.from_numpy(table).to(device)
+        size = torch.tensor([list(p.shape) for p in pictures], dtype=torch.int64, device=device)
+        return cls(torch.cat(blocks), offset, rows, columns, stride, size)
+
+    def __len__(self) -> int:
+        return self.size.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> "Pyramid":
+        """The scenes of `index`, sharing this pyramid's texels."""
+        if isinstance(index, int):
+            index = [index]
+        pick: Any = index if isinstance(index, (slice, Tensor)) else torch.as_tensor(list(index), device=self.size.device)
+        return Pyramid(self.texels, self.offset[pick], self.rows[pick], self.columns[pick], self.stride[pick], self.size[pick])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pyramid":
+        """The same pyramid with its texels in another dtype or on another device."""
+        tables = [t.to(device) if device is not None else t for t in (self.offset, self.rows, self.columns, self.stride, self.size)]
+        return Pyramid(self.texels.to(device=device, dtype=dtype), *tables)
+
+    def extract(
+        self,
+        gaze: Float[Tensor, "*batch 4"],
+        size: int = gazes.CANONICAL_SIZE,
+        extent: float = 1.0,
+        scene: Int[Tensor, " *lead"] | None = None,
+    ) -> Float[Tensor, "*batch size size"]:
+        """Patches under gazes, ``(scene, ..., 4) -> (scene, ..., size, size)``; differentiable in the gaze.
+
+        Args:
+            gaze: leading dimension = the scenes of this pyramid, in order, unless `scene` is given.
+            size: lattice points along a side.
+            extent: width of the lattice in canonical patches: 1 for x(u), 3 for the guide's window.
+            scene: ``(n,)`` which scene each of the n leading rows of `gaze` looks at.
+
+        Convention: as the module. Values and dtype follow the texels.
+        """
+        if scene is None:
+            if gaze.ndim < 2 or gaze.shape[0] != len(self):
+                raise InputError(f"gazes of shape {tuple(gaze.shape)} do not match {len(self)} scenes: needed is (scene, ..., 4)")
+            scene = torch.arange(len(self), device=gaze.device)
+        flat = gaze.reshape(gaze.shape[0], -1, 4)
+        rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
+        plain = not (gaze.requires_grad and torch.is_grad_enabled()) and not self.texels.requires_grad
+        if plain and self.texels.device.type == "cpu" and gaze.device.type == "cpu":
+            patches = self._extract_fused(flat.reshape(-1, 4), rows, size, extent)
+        else:
+            patches = self._extract_plain(flat.reshape(-1, 4), rows, size, extent)
+        return patches.reshape(*gaze.shape[:-1], size, size)
+
+    def _extract_plain(self, gaze: Tensor, scene: Tensor, size: int, extent: float) -> Tensor:
+        """The differentiable reference, for any device: ``(n, 4), (n,) -> (n, size²)``."""
+        gaze = gaze.to(self.texels.dtype)
+        points = gazes.lattice(size, extent, gaze.dtype, gaze.device).reshape(-1, 2)
+        at = gazes.apply(gaze[:, None, :], points)
+        step = gazes.CANONICAL_SIZE * extent / size
+        square = (gaze[:, 0] ** 2 + gaze[:, 1] ** 2) * step**2
+        # 2 log2(s) = log2(s²); below scale 1 the level is 0 and has no gradient.
+        level = torch.log2(square.clamp(min=1.0)).clamp(max=LEVELS - 1e-9)
+        lower = level.detach().floor().clamp(max=LEVELS - 1).long()
+        weight = (level - lower)[:, None]
+        return (1 - weight) * self._look(at, scene, lower) + weight * self._look(at, scene, lower + 1)
+
+    def _look(self, at: Tensor, scene: Tensor, level: Tensor) -> Tensor:
+        offset, rows, columns = (t[scene, level][:, None] for t in (self.offset, self.rows, self.columns))
+        stride = self.stride[scene, level][:, None].to(at.dtype)
+        limit = (self.size[scene] - 1).to(at.dtype)
+        x = torch.minimum(at[..., 0].clamp(min=0), limit[:, 1:]) / stride
+        y = torch.minimum(at[..., 1].clamp(min=0), limit[:, :1]) / stride
+        column = torch.minimum(x.detach().floor().long(), (columns - 2).clamp(min=0))
+        row = torch.minimum(y.detach().floor().long(), (rows - 2).clamp(min=0))
+        fx, fy = x - column, y - row
+        right, down = (columns > 1).long(), (rows > 1).long() * columns
+        here = offset + row * columns + column
+        t = self.texels
+        top = t[here] * (1 - fx) + t[here + right] * fx
+        bottom = t[here + down] * (1 - fx) + t[here + down + right] * fx
+        return top * (1 - fy) + bottom * fy
+
+    def _extract_fused(self, gaze: Tensor, scene: Tensor, size: int, extent: float) -> Tensor:
+        """One compiled pass over all points of all gazes; a test holds it against `_extract_plain`."""
+        from foveate.model.kernels import extract_patches
+
+        # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
+        out = np.empty((gaze.shape[0], size * size), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32)
+        extract_patches(
+            self.texels.detach().numpy(),
+            *(t.numpy() for t in (self.offset, self.rows, self.columns, self.stride, self.size)),
+            gaze.detach().double().contiguous().numpy(),
+            scene.contiguous().numpy(),
+            size,
+            gazes.CANONICAL_SIZE * extent / size,
+            out,
+        )
+        return torch.from_numpy(out).to(self.texels.dtype)
+
+
+def extract(
+    pictures: Pyramid | Tensor | Sequence[Tensor],
+    gaze: Float[Tensor, "*batch 4"],
+    size: int = gazes.CANONICAL_SIZE,
+    extent: float = 1.0,
+) -> Float[Tensor, "*batch size size"]:
+    """The patches that gazes put into the canonical frame, ``(scene, ..., 4) -> (scene, ..., size, size)``.
+
+    Args:
+        pictures: a list of ``(height, width)`` tensors in [0, 1] of any sizes, a ``(scene, height, width)`` tensor, or a `Pyramid`.
+            One ``(height, width)`` picture takes gazes ``(..., 4)`` with no scene dimension.
+        gaze: canonical to scene, ``(scene, ..., 4)``.
+        size: lattice points along a side.
+        extent: width of the lattice in canonical patches (1: the patch, 3: the guide's window).
+
+    Convention: as `foveate.model.patch`; full-resolution levels, so that the value is the definition's (to 1e-5 in float32).
+    Differentiable in `gaze`. Device and dtype follow the pictures.
+    """
+    if isinstance(pictures, Tensor) and pictures.ndim == 2:
+        return extract([pictures], gaze[None], size, extent)[0]
+    pyramid = pictures if isinstance(pictures, Pyramid) else Pyramid.build(list(pictures), oversampling=None)
+    return pyramid.extract(gaze, size, extent)
+
+
+def normalise(patch: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:
+    """``(x - mean x) / sqrt(var x + 0.05²)``: the patch with its lighting (gain and offset) taken out."""
+    centred = patch - patch.mean((-2, -1), keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean((-2, -1), keepdim=True) + NORMALISING_FLOOR**2)
+
+
+def density_coordinates(patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch 575"]:
+    """The 575 coordinates in which densities are quoted: the normalised patch without its (always zero) mean direction.
+
+    ``y = Bᵀ n`` with B the last 575 columns of the Householder reflection that takes the constant vector to the first axis,
+    applied without forming it. Inverse on normalised patches: `from_density_coordinates`.
+    """
+    n = normalise(patch).flatten(-2)
+    return _reflect(n)[..., 1:]
+
+
+def from_density_coordinates(y: Float[Tensor, "*batch 575"]) -> Float[Tensor, "*batch 24 24"]:
+    """The normalised (zero-mean) patch ``n = B y`` of density coordinates."""
+    padded = functional.pad(y, (1, 0))
+    return _reflect(padded).unflatten(-1, (gazes.CANONICAL_SIZE, gazes.CANONICAL_SIZE))
+
+
+def _reflect(n: Tensor) -> Tensor:
+    """``(I - 2 v vᵀ / vᵀv) n`` with ``v = 1/24 + e₀``."""
+    root = 1 / math.sqrt(PIXELS)
+    dot = n.sum(-1, keepdim=True) * root + n[..., :1]
+    factor = 2 / (2 + 2 * root) * dot
+    first = n[..., :1] - factor * (1 + root)
+    return torch.cat([first, n[..., 1:] - factor * root], -1)
+
+
+def _stride(level: int, oversampling: float | None) -> int:
+    if level == 0 or oversampling is None:
+        return 1
+    return max(1, 2 ** math.floor(math.log2(0.5 * 2 ** (level / 2) / oversampling)))
+
+
+def _blurred(picture: Tensor, level: int, stride: int) -> Tensor:
+    """The picture blurred to `level`, one sample every `stride` pixels, last sample at or beyond the last pixel."""
+    if level == 0:
+        return picture
+    blurred = picture
+    for axis in (0, 1):
+        taps, radius = _kernel(level)
+        weight = taps.to(picture.dtype).to(picture.device)
+        length = blurred.shape[axis]
+        count = -(-(length - 1) // stride) + 1
+        index = torch.arange(-radius, (count - 1) * stride + radius + 1, device=picture.device).clamp(0, length - 1)
+        padded = blurred.index_select(axis, index)
+        shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
+        strides = (stride, 1) if axis == 0 else (1, stride)
+        blurred = functional.conv2d(padded[None, None], weight.reshape(shape), stride=strides)[0, 0]
+    return blurred
+
+
+@lru_cache(maxsize=None)
+def _kernel(level: int) -> tuple[Tensor, int]:
+    sd = 0.5 * 2 ** (level / 2)
+    radius = int(4 * sd + 0.5)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sd) ** 2)
+    return taps / taps.sum(), radius
