@@ -1,7 +1,6 @@
-"""What every test stands on: checked shapes and types, fixed seeds, one thread per worker, and the optional real scenes."""
+"""What every test stands on: checked shapes, fixed seeds, one thread per worker, and the optional real scenes."""
 
 import os
-import random
 from pathlib import Path
 
 # Workers share the cores, so each has one thread; BLAS and numba read these when they are first imported.
@@ -15,7 +14,6 @@ from jaxtyping import install_import_hook
 # Before any import of foveate: from here on every annotated function checks its shapes and types when called.
 install_import_hook("foveate", "beartype.beartype")
 
-import numpy as np
 import pyro
 import pytest
 import torch
@@ -28,15 +26,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def _fixed_seeds() -> None:
     """Every test begins from the same global seeds and an empty parameter store, whatever ran before it."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+    pyro.set_rng_seed(0)  # torch, numpy and random alike
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real scenes (`FOVEATE_SHARED_DATA`, or `../shared/data` beside the project); skips where there is none."""
+    """Folder of the real scenes: `FOVEATE_SHARED_DATA`, or `../shared/data` beside the project. Skips without one."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("FOVEATE_SHARED_DATA", default))
     if not folder.is_dir():
