@@ -114,17 +114,25 @@ def from_landmarks(
 
 
 def lattice(
-    size: int = CANONICAL_SIZE,
+    size: int | tuple[int, int] = CANONICAL_SIZE,
     extent: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Float[Tensor, "size size 2"]:
-    """Canonical points ``(row, column, (px, py))`` of a `size` × `size` lattice that is `extent` canonical patches wide.
+) -> Float[Tensor, "rows columns 2"]:
+    """Canonical points ``(row, column, (px, py))`` of a lattice that is `extent` canonical patches wide.
 
-    Convention: centred on the patch; the step is ``24 extent / size`` canonical pixels, outermost points half a step inside.
+    Args:
+        size: points along a side, or ``(rows, columns)``.
+        extent: the width (all columns) in canonical patches.
+
+    Convention: centred on the patch; the step is ``24 extent / columns`` canonical pixels both ways, outermost points half a
+    step inside.
     """
-    c = (torch.arange(size, dtype=dtype, device=device) - (size - 1) / 2) * (CANONICAL_SIZE * extent / size)
-    py, px = torch.meshgrid(c, c, indexing="ij")
+    rows, columns = (size, size) if isinstance(size, int) else size
+    step = CANONICAL_SIZE * extent / columns
+    cx = (torch.arange(columns, dtype=dtype, device=device) - (columns - 1) / 2) * step
+    cy = (torch.arange(rows, dtype=dtype, device=device) - (rows - 1) / 2) * step
+    py, px = torch.meshgrid(cy, cx, indexing="ij")
     return torch.stack([px, py], -1)
 
 

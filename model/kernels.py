@@ -18,11 +18,12 @@ def extract_patches(
     size: np.ndarray,
     gaze: np.ndarray,
     scene: np.ndarray,
-    points: int,
+    points_y: int,
+    points_x: int,
     step: float,
     out: np.ndarray,
 ) -> None:
-    """Fill ``out (n, points²)`` with the patches of ``gaze (n, 4)`` on scenes ``scene (n,)``.
+    """Fill ``out (n, points_y · points_x)`` with the patches of ``gaze (n, 4)`` on scenes ``scene (n,)``.
 
     Convention: as `foveate.model.patch`; `step` is the lattice step in canonical pixels.
     """
@@ -35,7 +36,7 @@ def extract_patches(
         lower = int(level)
         fraction = level - lower
         limit_x, limit_y = float(size[i, 1] - 1), float(size[i, 0] - 1)
-        half = (points - 1) / 2
+        half_x, half_y = (points_x - 1) / 2, (points_y - 1) / 2
         for which in range(2):
             weight = 1.0 - fraction if which == 0 else fraction
             k = lower + which
@@ -44,10 +45,10 @@ def extract_patches(
             right = 1 if width > 1 else 0
             down = width if height > 1 else 0
             last_x, last_y = max(width - 2, 0), max(height - 2, 0)
-            for r in range(points):
-                py = (r - half) * step
-                for c in range(points):
-                    px = (c - half) * step
+            for r in range(points_y):
+                py = (r - half_y) * step
+                for c in range(points_x):
+                    px = (c - half_x) * step
                     x = min(max(a * px - b * py + tx, 0.0), limit_x) * inverse
                     y = min(max(b * px + a * py + ty, 0.0), limit_y) * inverse
                     column, row = min(int(x), last_x), min(int(y), last_y)
@@ -57,6 +58,6 @@ def extract_patches(
                     bottom = texels[here + down] + fx * (texels[here + down + right] - texels[here + down])
                     value = weight * (top + fy * (bottom - top))
                     if which == 0:
-                        out[n, r * points + c] = value
+                        out[n, r * points_x + c] = value
                     else:
-                        out[n, r * points + c] += value
+                        out[n, r * points_x + c] += value

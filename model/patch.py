@@ -61,7 +61,7 @@ class Pyramid:
         cls,
         pictures: Sequence[Tensor],
         oversampling: float | None = 2.0,
-        finest: int = 0,
+        smallest: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> "Pyramid":
         """Blur every picture to every level.
@@ -69,7 +69,8 @@ class Pyramid:
         Args:
             pictures: tensors ``(height, width)`` in [0, 1], of any sizes, on one device.
             oversampling: samples kept per blur sd, or None for one sample a pixel at every level.
-            finest: levels below this one are not built and read as this one: it bounds the memory of a large photograph.
+            smallest: patch width as a share of a picture's shorter side below which nothing will be read sharply: levels finer
+                than such a patch needs are not built and read as the finest that is. It bounds the memory of large photographs.
             dtype: of the texels; the pictures' own by default.
         """
         if len(pictures) == 0:
@@ -81,6 +82,7 @@ class Pyramid:
             if picture.ndim != 2 or min(picture.shape) < 2:
                 raise InputError(f"picture {i} has shape {tuple(picture.shape)}: needed is (height, width), both at least 2")
             picture = picture.to(dtype or picture.dtype)
+            finest = math.floor(_level(smallest * min(picture.shape) / gazes.CANONICAL_SIZE))
             for k in range(finest, LEVELS + 1):
                 step = _stride(k, oversampling)
                 block = _blurred(picture, k, step)
@@ -111,15 +113,15 @@ class Pyramid:
     def extract(
         self,
         gaze: Float[Tensor, "*batch 4"],
-        size: int = gazes.CANONICAL_SIZE,
+        size: int | tuple[int, int] = gazes.CANONICAL_SIZE,
         extent: float = 1.0,
-        scene: Int[Tensor, " *lead"] | None = None,
-    ) -> Float[Tensor, "*batch size size"]:
+        scene: Int[Tensor, " lead"] | None = None,
+    ) -> Float[Tensor, "*batch rows columns"]:
         """Patches under gazes, ``(scene, ..., 4) -> (scene, ..., size, size)``; differentiable in the gaze.
 
         Args:
             gaze: leading dimension = the scenes of this pyramid, in order, unless `scene` is given.
-            size: lattice points along a side.
+            size: lattice points along a side, or ``(rows, columns)``.
             extent: width of the lattice in canonical patches: 1 for x(u), 3 for the guide's window.
             scene: ``(n,)`` which scene each of the n leading rows of `gaze` looks at.
 
@@ -131,19 +133,20 @@ class Pyramid:
             scene = torch.arange(len(self), device=gaze.device)
         flat = gaze.reshape(gaze.shape[0], -1, 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
+        shape = (size, size) if isinstance(size, int) else size
         plain = not (gaze.requires_grad and torch.is_grad_enabled()) and not self.texels.requires_grad
         if plain and self.texels.device.type == "cpu" and gaze.device.type == "cpu":
-            patches = self._extract_fused(flat.reshape(-1, 4), rows, size, extent)
+            patches = self._extract_fused(flat.reshape(-1, 4), rows, shape, extent)
         else:
-            patches = self._extract_plain(flat.reshape(-1, 4), rows, size, extent)
-        return patches.reshape(*gaze.shape[:-1], size, size)
+            patches = self._extract_plain(flat.reshape(-1, 4), rows, shape, extent)
+        return patches.reshape(*gaze.shape[:-1], *shape)
 
-    def _extract_plain(self, gaze: Tensor, scene: Tensor, size: int, extent: float) -> Tensor:
-        """The differentiable reference, for any device: ``(n, 4), (n,) -> (n, size²)``."""
+    def _extract_plain(self, gaze: Tensor, scene: Tensor, size: tuple[int, int], extent: float) -> Tensor:
+        """The differentiable reference, for any device: ``(n, 4), (n,) -> (n, rows · columns)``."""
         gaze = gaze.to(self.texels.dtype)
         points = gazes.lattice(size, extent, gaze.dtype, gaze.device).reshape(-1, 2)
         at = gazes.apply(gaze[:, None, :], points)
-        step = gazes.CANONICAL_SIZE * extent / size
+        step = gazes.CANONICAL_SIZE * extent / size[1]
         square = (gaze[:, 0] ** 2 + gaze[:, 1] ** 2) * step**2
         # 2 log2(s) = log2(s²); below scale 1 the level is 0 and has no gradient.
         level = torch.log2(square.clamp(min=1.0)).clamp(max=LEVELS - 1e-9)
@@ -167,19 +170,19 @@ class Pyramid:
         bottom = t[here + down] * (1 - fx) + t[here + down + right] * fx
         return top * (1 - fy) + bottom * fy
 
-    def _extract_fused(self, gaze: Tensor, scene: Tensor, size: int, extent: float) -> Tensor:
+    def _extract_fused(self, gaze: Tensor, scene: Tensor, size: tuple[int, int], extent: float) -> Tensor:
         """One compiled pass over all points of all gazes; a test holds it against `_extract_plain`."""
         from foveate.model.kernels import extract_patches
 
         # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
-        out = np.empty((gaze.shape[0], size * size), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32)
+        out = np.empty((gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32)
         extract_patches(
             self.texels.detach().numpy(),
             *(t.numpy() for t in (self.offset, self.rows, self.columns, self.stride, self.size)),
             gaze.detach().double().contiguous().numpy(),
             scene.contiguous().numpy(),
-            size,
-            gazes.CANONICAL_SIZE * extent / size,
+            *size,
+            gazes.CANONICAL_SIZE * extent / size[1],
             out,
         )
         return torch.from_numpy(out).to(self.texels.dtype)
@@ -188,9 +191,9 @@ class Pyramid:
 def extract(
     pictures: Pyramid | Tensor | Sequence[Tensor],
     gaze: Float[Tensor, "*batch 4"],
-    size: int = gazes.CANONICAL_SIZE,
+    size: int | tuple[int, int] = gazes.CANONICAL_SIZE,
     extent: float = 1.0,
-) -> Float[Tensor, "*batch size size"]:
+) -> Float[Tensor, "*batch rows columns"]:
     """The patches that gazes put into the canonical frame, ``(scene, ..., 4) -> (scene, ..., size, size)``.
 
     Args:
@@ -238,6 +241,10 @@ def _reflect(n: Tensor) -> Tensor:
     factor = 2 / (2 + 2 * root) * dot
     first = n[..., :1] - factor * (1 + root)
     return torch.cat([first, n[..., 1:] - factor * root], -1)
+
+
+def _level(scale: float) -> float:
+    return min(max(0.0, 2 * math.log2(max(scale, 1e-9))), LEVELS - 1e-9)
 
 
 def _stride(level: int, oversampling: float | None) -> int:
