@@ -464,6 +464,7 @@ class _Chains:
         log_step = first = adaptation.log_step
         direction = torch.zeros_like(log_step)
         active = torch.ones_like(log_step, dtype=torch.bool)
+        endless = torch.zeros_like(active)
         for doubling in range(_DOUBLINGS):
             momentum = torch.from_numpy(self.noise.normal(Purpose.SEARCH, self.draw * _DOUBLINGS + doubling, 1, size))[
                 0
@@ -475,11 +476,14 @@ class _Chains:
             error = energy + 0.5 * (momentum * momentum).sum(-1) - before
             towards = torch.where(error < -math.log(0.8), 1.0, -1.0).to(log_step)
             direction = towards if doubling == 0 else direction
-            active = active & (towards == direction)
+            # Further on, rounding decides: the step fell so far that a difference of 0.01 nats is lost.
+            lost = (towards > 0) & ((energy - self.energy).abs() > 0.01 / torch.finfo(energy.dtype).eps)
+            endless = endless | (active & lost)
+            active = active & (towards == direction) & ~lost
             if not bool(active.any()):
                 break
             log_step = torch.where(active, log_step + direction * math.log(2.0), log_step)
-        endless = active & (direction > 0)
+        endless = endless | (active & (direction > 0))
         if strict and bool(endless.any()):
             elements = [tuple(element) for element in endless.nonzero().tolist()]
             raise InputError(
@@ -488,7 +492,7 @@ class _Chains:
                 f"normalised{self._explain_flat(elements[0])}. Give the latent variable a proper prior, or start "
                 "inside the support of the data"
             )
-        adaptation.restart_step_size(torch.where(active, first, log_step))
+        adaptation.restart_step_size(torch.where(active | endless, first, log_step))
 
     def _explain_flat(self, element: tuple[int, ...]) -> str:
         flat = (self.gradient[element] == 0).nonzero().reshape(-1).tolist()
