@@ -1,0 +1,255 @@
+"""Deep belief networks of a few units against enumeration, quadrature and sampling."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from foveate.inference.ais import exact_log_z
+from foveate.model.dbn import (
+    CanonicalGivenHidden,
+    DeepBeliefNet,
+    DiagonalLayer,
+    GatedLayer,
+    HiddenPrior,
+    contrast_groups,
+)
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.rbm import BernoulliRBM
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
+DIMENSION = 5
+KINDS = ["gated", "diagonal"]
+
+
+def states(units: int) -> torch.Tensor:
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=units)), dtype=torch.float64)
+
+
+def small_net(kind: str, seed: int = 4) -> DeepBeliefNet:
+    """Five coordinates, six units h1, four units h2: everything can be summed."""
+    torch.manual_seed(seed)
+    layer: DiagonalLayer | GatedLayer
+    if kind == "diagonal":
+        layer = DiagonalLayer(6, DIMENSION)
+    else:
+        layer = GatedLayer(3, 3, 2, torch.tensor([0, 1, 0, 1, 1]))
+    core = EllipticalDensity(torch.zeros(DIMENSION), torch.eye(DIMENSION), 6.0)
+    net = DeepBeliefNet(layer, BernoulliRBM(6, 4), core).double()
+    with torch.no_grad():
+        for value in net.parameters():
+            value += 0.7 * torch.randn_like(value)
+        if isinstance(layer, DiagonalLayer):
+            layer.log_sigma.mul_(0.3)
+        else:
+            root = torch.randn(DIMENSION, DIMENSION, dtype=torch.float64) + 2 * torch.eye(
+                DIMENSION, dtype=torch.float64
+            )
+            layer.set_analysis(torch.randn(DIMENSION, dtype=torch.float64), root, root[:, :2])
+    log_z = exact_log_z(net.top)
+    net.set_log_z(log_z.estimate, log_z.standard_error)
+    return net
+
+
+def exact_log_prob(net: DeepBeliefNet, y: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(net.log_joint(y[:, None], states(6)[None]), -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_below_the_exact_log_probability_for_any_posterior(kind: str) -> None:
+    net = small_net(kind)
+    y = net.sample(40)
+    exact = exact_log_prob(net, y)
+    assert bool((net.log_prob_bound(y) <= exact + 1e-9).all())
+    for _ in range(10):
+        assert bool((net.log_prob_bound(y, torch.rand(40, 6, dtype=torch.float64)) <= exact + 1e-9).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_at_a_certain_posterior_is_the_joint(kind: str) -> None:
+    net = small_net(kind)
+    y, h = torch.randn(64, DIMENSION, dtype=torch.float64), states(6)
+    torch.testing.assert_close(net.log_prob_bound(y, h), net.log_joint(y, h), **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_exact_where_the_units_do_nothing(kind: str) -> None:
+    net = small_net(kind)
+    with torch.no_grad():
+        net.top.weight.zero_()
+        for name in ("weight",) if kind == "diagonal" else ("shift", "gate"):
+            getattr(net.layer, name).zero_()
+    net.set_log_z(exact_log_z(net.top).estimate, 0.0)
+    y = torch.randn(9, DIMENSION, dtype=torch.float64)
+    q = torch.sigmoid(net.top.visible_bias).expand(9, -1)
+    torch.testing.assert_close(net.log_prob_bound(y, q), exact_log_prob(net, y), **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expected_log_prob_is_at_most_the_enumerated_expectation_and_close_to_it(kind: str) -> None:
+    net = small_net(kind)
+    y = net.sample(30)
+    q = torch.rand(30, 6, dtype=torch.float64)
+    h = states(6)
+    weight = (h * q[:, None].log() + (1 - h) * (-q[:, None]).log1p()).sum(-1).exp()
+    exact = (weight * net.layer.log_prob(y[:, None], h[None])).sum(-1)
+    bound = net.layer.expected_log_prob(y, q)
+    if kind == "diagonal":
+        torch.testing.assert_close(bound, exact, **EXACT)
+    else:
+        assert bool((bound <= exact + 1e-9).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_density_integrates_to_one(kind: str) -> None:
+    net = small_net(kind)
+    wide = EllipticalDensity(net.sample(4000).mean(0), 4 * torch.cov(net.sample(4000).T), 3.0)
+    y = wide.sample(30_000)
+    ratio = torch.exp(exact_log_prob(net, y) - wide.log_prob(y))
+    error = float(ratio.std()) / math.sqrt(len(ratio))
+    # Importance sampling from a wider density: 4 standard errors, and the error itself is small.
+    assert error < 0.04
+    assert abs(float(ratio.mean()) - 1) < 4 * error
+
+
+def test_one_group_without_units_is_scipys_student_t() -> None:
+    layer = GatedLayer(1, 1, 1, torch.zeros(4, dtype=torch.long)).double()
+    analysis = torch.randn(4, 4, dtype=torch.float64) + 2 * torch.eye(4, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    layer.set_analysis(bias, analysis, torch.zeros(4, 1, dtype=torch.float64))
+    with torch.no_grad():
+        layer.log_excess.fill_(math.log(5.0))
+    y = torch.randn(8, 4, dtype=torch.float64)
+    covariance = torch.linalg.inv(analysis.T @ analysis)
+    expected = stats.multivariate_t(bias.numpy(), covariance.numpy() * 5 / 7, df=7).logpdf(y.numpy())
+    found = layer.log_prob(y, torch.zeros(8, 2, dtype=torch.float64)).detach()
+    torch.testing.assert_close(found, torch.from_numpy(expected), **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_gibbs_of_the_hidden_units_keeps_their_enumerated_posterior(kind: str) -> None:
+    net = small_net(kind)
+    y = net.sample(1)
+    posterior = torch.softmax(net.log_joint(y, states(6)), -1).detach()
+    start = states(6)[torch.multinomial(posterior, 20_000, replacement=True)]
+    many = y.expand(len(start), -1)
+    h = net.gibbs_hidden(many, net.gibbs_hidden(many, start))
+    assert float((h != start).double().mean()) > 0.05
+    index = (h * 2.0 ** torch.arange(5, -1, -1)).sum(-1).long()
+    share = torch.bincount(index, minlength=64) / len(h)
+    # 20000 independent chains: 4.5 standard errors over 64 states, and a floor for the rarest.
+    error = 4.5 * (posterior / len(h)).sqrt() + 2e-4
+    assert bool(((share - posterior).abs() < error).all())
+
+
+def test_recognition_gibbs_draws_from_the_recognition_posterior() -> None:
+    net = small_net("gated")
+    y = net.sample(1).expand(20_000, -1)
+    drawn = net.gibbs_hidden(y, torch.zeros(20_000, 6, dtype=torch.float64), update="recognition").mean(0)
+    torch.testing.assert_close(drawn, net.infer_hidden(y[0]).detach(), rtol=0, atol=0.015)  # 4 s.e. of 20000 draws
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gibbs_of_the_canonical_image_keeps_the_posterior_of_the_layer(kind: str) -> None:
+    """Draws of (y, x) by y ~ p(y | h1), x ~ N(y, noise²) stay as they are under an update of y given x."""
+    net = small_net(kind)
+    h = states(6)[37].expand(40_000, -1)
+    y = net.layer.sample(h).detach()
+    observed = y + 0.8 * torch.randn_like(y)
+    updated = net.gibbs_canonical(observed, 0.8, y, h)
+    assert float((updated - y).abs().mean()) > 0.1
+    for statistic in (lambda v: v, lambda v: torch.tanh(v) * torch.tanh(observed), lambda v: torch.log1p(v**2)):
+        difference = (statistic(updated) - statistic(y)).mean(0)
+        spread = (statistic(updated) - statistic(y)).std(0) / math.sqrt(len(y))
+        assert bool((difference.abs() < 4.5 * spread).all())
+
+
+def test_the_papers_update_of_the_canonical_image_is_the_mean_of_patch_and_prediction() -> None:
+    net = small_net("diagonal")
+    with torch.no_grad():
+        net.layer.log_sigma.fill_(math.log(0.5))
+    h, patch = states(6)[21].expand(40_000, -1), torch.linspace(-1, 1, DIMENSION, dtype=torch.float64)
+    drawn = net.gibbs_canonical(patch.expand(40_000, -1), 0.5, torch.zeros(40_000, DIMENSION, dtype=torch.float64), h)
+    expected = 0.5 * (patch + net.layer.mean(h[0])).detach()
+    torch.testing.assert_close(drawn.mean(0), expected, rtol=0, atol=0.01)  # 5 s.e. of sd 0.35 over 40000 draws
+    torch.testing.assert_close(drawn.var(0), torch.full((DIMENSION,), 0.125).double(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_given_hidden_units_have_the_layers_mean(kind: str) -> None:
+    net = small_net(kind)
+    if isinstance(net.layer, GatedLayer):
+        with torch.no_grad():
+            net.layer.log_excess.fill_(math.log(6.0))
+    for h in states(6)[[0, 63]]:
+        draws = net.layer.sample(h.expand(50_000, -1)).detach()
+        spread = draws.std(0) / math.sqrt(len(draws))
+        assert bool(((draws.mean(0) - net.layer.mean(h)).abs() < 4.5 * spread).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bound_and_surrogate_are_differentiable_in_the_image(kind: str) -> None:
+    net = small_net(kind)
+    y = torch.randn(3, DIMENSION, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(net.log_prob_bound, y)
+    assert torch.autograd.gradcheck(net.surrogate_log_prob, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_net_is_restored_from_its_config_and_state(kind: str) -> None:
+    net = small_net(kind)
+    restored = DeepBeliefNet.from_config(json.loads(json.dumps(net.config))).double()
+    restored.load_state_dict(net.state_dict())
+    y = torch.randn(4, DIMENSION, dtype=torch.float64)
+    torch.testing.assert_close(restored.log_prob_bound(y), net.log_prob_bound(y), rtol=0, atol=0)
+    torch.testing.assert_close(restored.surrogate_log_prob(y), net.surrogate_log_prob(y), rtol=0, atol=0)
+    assert all(isinstance(value, nn.Parameter | torch.Tensor) for value in net.state_dict().values())
+
+
+def test_the_distributions_of_the_program_agree_with_the_net() -> None:
+    net = small_net("gated")
+    prior = HiddenPrior(net, torch.Size([3]))
+    h = prior.sample()
+    assert h.shape == (3, 6)
+    given = CanonicalGivenHidden(net, h)
+    y = given.sample()
+    assert y.shape == (3, DIMENSION)
+    torch.testing.assert_close(prior.log_prob(h) + given.log_prob(y), net.log_joint(y, h), **EXACT)
+    torch.testing.assert_close(prior.log_prob(states(6)).exp().sum(), torch.ones((), dtype=torch.float64), **EXACT)
+
+
+def test_contrast_groups_tile_the_patch_less_its_last_pixel() -> None:
+    groups = contrast_groups(24, 3)
+    assert len(groups) == 575
+    sizes = torch.bincount(groups)
+    assert sizes.tolist() == [9] * 63 + [8]
+    assert groups[[0, 1, 2, 24, 25, 50]].tolist() == [0] * 6
+    with pytest.raises(InputError, match="divisor"):
+        contrast_groups(24, 5)
+
+
+def test_pictures_of_images_and_filters_are_24_by_24() -> None:
+    layer = GatedLayer(2, 3, 4, contrast_groups(24, 3))
+    net = DeepBeliefNet(layer, BernoulliRBM(5, 2), EllipticalDensity.blank(575))
+    net.set_log_z(exact_log_z(net.top).estimate, 0.0)
+    pictures = net.to_canonical(net.sample(2))
+    assert pictures.shape == (2, 24, 24)
+    assert 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
+    assert net.filters().shape == (5, 24, 24)
+
+
+def test_forms_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="make them equal"):
+        DeepBeliefNet(DiagonalLayer(3, 4), BernoulliRBM(5, 2), EllipticalDensity.blank(4))
+    with pytest.raises(InputError, match="known are"):
+        DeepBeliefNet.from_config({"layer": "square"})
+    with pytest.raises(InputError, match="without gaps"):
+        GatedLayer(1, 1, 1, torch.tensor([0, 2]))
+    with pytest.raises(InputError, match="singular"):
+        layer = GatedLayer(1, 1, 1, torch.tensor([0, 0]))
+        layer.set_analysis(torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, 1))
