@@ -12,7 +12,7 @@ from torch.nn import functional
 from foveate.model import gaze as gazes
 from foveate.model.patch import Pyramid
 
-__all__ = ["Glance", "GlanceLoss", "Proposals", "VIEW_STEP", "glance_loss", "propose"]
+__all__ = ["Glance", "GlanceLoss", "Proposals", "VIEW_STEP", "cell_centres", "feature_layers", "glance_loss", "local_contrast", "propose"]
 
 # Canonical pixels from one pixel of a view to the next, and view pixels from one output cell to the next.
 VIEW_STEP = 1.5
@@ -49,21 +49,7 @@ class Glance(nn.Module):
     def __init__(self, width: int = 24):
         super().__init__()
         self.width = width
-        layers: list[nn.Module] = []
-        for inputs, outputs, kernel, stride, dilation in (
-            (1, width, 5, 2, 1),
-            (width, 2 * width, 3, 2, 1),
-            (2 * width, 3 * width, 3, 1, 1),
-            (3 * width, 3 * width, 3, 1, 2),
-            (3 * width, 3 * width, 3, 1, 2),
-        ):
-            padding = dilation * (kernel - 1) // 2
-            layers += [
-                nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
-                nn.BatchNorm2d(outputs),
-                nn.ReLU(inplace=True),
-            ]
-        self.features = nn.Sequential(*layers)
+        self.features = feature_layers(width)
         self.head = nn.Conv2d(3 * width, 5, 1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -72,7 +58,26 @@ class Glance(nn.Module):
             self.head.bias[0] = -4.6
 
     def forward(self, views: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n 5 cell_rows cell_columns"]:
-        return self.head(self.features(_local_contrast(views)[:, None]))
+        return self.head(self.features(local_contrast(views)[:, None]))
+
+
+def feature_layers(width: int) -> nn.Sequential:
+    """Convolutions ``(n, 1, rows, columns) -> (n, 3 width, rows / 4, columns / 4)``; each cell sees 49×49 pixels, three patches."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel, stride, dilation in (
+        (1, width, 5, 2, 1),
+        (width, 2 * width, 3, 2, 1),
+        (2 * width, 3 * width, 3, 1, 1),
+        (3 * width, 3 * width, 3, 1, 2),
+        (3 * width, 3 * width, 3, 1, 2),
+    ):
+        padding = dilation * (kernel - 1) // 2
+        layers += [
+            nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
 
 
 def glance_loss(
@@ -189,7 +194,7 @@ def _thin(gaze: Tensor, logit: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return gaze, logit
 
 
-def _local_contrast(views: Tensor) -> Tensor:
+def local_contrast(views: Tensor) -> Tensor:
     """Views with the local mean taken out and divided by the local sd, both over about two patches: lighting stays outside."""
     small = functional.avg_pool2d(views[:, None], CELL, ceil_mode=True, count_include_pad=False)
     square = functional.avg_pool2d((views * views)[:, None], CELL, ceil_mode=True, count_include_pad=False)

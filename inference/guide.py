@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pyro.distributions import Independent, Normal
 from torch import Tensor, nn
 
-from foveate.inference.glance import Glance
+from foveate.inference.glance import Glance, cell_centres, feature_layers, local_contrast
 from foveate.model import gaze as gazes
 from foveate.model.patch import Pyramid, normalise
 
@@ -40,39 +40,47 @@ class GazeChange(NamedTuple):
 class GazeGuide(nn.Module):
     """A ConvNet on a window around the gaze, conditioned on a canonical image, that returns a distribution over gaze changes.
 
-    The canonical image modulates the window's features (one gain and one offset a channel), so which of two near objects is
-    meant depends on whom the canonical image shows. `glance` is the guide's peripheral half, for scenes with no gaze yet.
+    Every cell of the window votes for the change of gaze and says how much its vote counts; the mean is the weighted vote. The
+    canonical image modulates the features (one gain and one offset a channel), so which of two near objects is meant depends
+    on whom it shows. `glance` is the guide's peripheral half, for scenes with no gaze yet.
 
     Convention: windows ``(n, 48, 48)`` cover 72×72 canonical pixels around the current gaze; canonical images are
     ``(n, 24, 24)``; both are normalised inside.
     """
 
-    def __init__(self, width: int = 32, hidden: int = 256, glance_width: int = 24):
+    def __init__(self, width: int = 24):
         super().__init__()
-        self.config = {"width": width, "hidden": hidden, "glance_width": glance_width}
-        self.glance = Glance(glance_width)
-        self.window = nn.Sequential(
-            _block(1, width, 5, 2), _block(width, 2 * width, 3, 2), _block(2 * width, 3 * width, 3, 1), _block(3 * width, 3 * width, 3, 2)
+        self.config = {"width": width}
+        self.glance = Glance(width)
+        # The same layers as the glance's, so that training may begin from what the glance has learned.
+        self.window = feature_layers(width)
+        self.canonical = nn.Sequential(
+            nn.Conv2d(1, width, 5, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36 * width, 6 * width)
         )
-        self.canonical = nn.Sequential(_block(1, width, 5, 2), _block(width, 2 * width, 3, 2), nn.Flatten(), nn.Linear(72 * width, 6 * width))
-        self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * width * 36, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(hidden, 9)
+        self.votes = nn.Sequential(
+            nn.Conv2d(3 * width, 3 * width, 3, 1, 1, bias=False), nn.BatchNorm2d(3 * width), nn.ReLU(inplace=True), nn.Conv2d(3 * width, 10, 1)
         )
-        last = self.head[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
+        for layer in (self.votes[-1], self.canonical[-1]):
+            assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
         # sds are stored after a recalibration on held-out scenes: one factor per coordinate, 1 until then.
         self.register_buffer("log_sd_offset", torch.zeros(4))
 
     log_sd_offset: Tensor
 
     def forward(self, window: Float[Tensor, "n 48 48"], canonical: Float[Tensor, "n 24 24"]) -> GazeChange:
-        features = self.window(normalise(window)[:, None])
+        features = self.window(local_contrast(window)[:, None])
         gain, offset = self.canonical(normalise(canonical)[:, None]).chunk(2, -1)
-        features = torch.relu(features * (1 + gain[..., None, None]) + offset[..., None, None])
-        mean, log_sd, presence = self.head(features).split((4, 4, 1), -1)
-        return GazeChange(mean, (log_sd - 2.0).clamp(-6, 2) + self.log_sd_offset, presence[..., 0])
+        features = features * (1 + gain[..., None, None]) + offset[..., None, None]
+        output = self.votes(features)
+        rows, columns = output.shape[-2:]
+        cells = cell_centres(rows, columns, output.dtype, output.device).permute(2, 0, 1) / CHANGE_SCALES[0]
+        position = output[:, :2] + cells
+        weight = torch.softmax(output[:, 4].flatten(1), -1)
+        every = torch.cat([position, output[:, 2:4], output[:, 5:]], 1).flatten(2)
+        pooled = (every * weight[:, None, :]).sum(-1)
+        return GazeChange(pooled[:, :4], (pooled[:, 4:8] - 2.0).clamp(-6, 2) + self.log_sd_offset, pooled[:, 8])
 
     def look(
         self,
@@ -105,8 +113,3 @@ def change_chart(gaze: Float[Tensor, "*batch 4"]) -> gazes.LocalChart:
     """The chart in which the guide speaks of changes from `gaze`: half patches, log-scale, radians."""
     return gazes.LocalChart(gaze, CHANGE_SCALES)
 
-
-def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )

@@ -1,0 +1,306 @@
+"""Training of the guide on scenes with known gazes: dense glances, on-policy looks, lighting and background augmentation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foveate.inference.glance import CELL, VIEW_STEP, glance_loss
+from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeChange, GazeGuide, change_chart
+from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
+from foveate.model.patch import Pyramid
+
+__all__ = ["GuideData", "train_glance", "train_looks"]
+
+VIEW = 64
+
+# Called after every step with the step's number, the number of steps and the loss.
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class GuideData:
+    """What the guide learns from.
+
+    Attributes:
+        pyramid: the scenes (coarse levels suffice: the guide reads at scale × 1.5 and above).
+        gaze: ``(scene, 4)`` true gazes, scene pixels.
+        canonical: ``(scene, 24, 24)`` crops at the true gazes, in [0, 1].
+        clutter: scenes without the object, or None to use windows that miss it.
+        person: ``(scene,)`` a number for each person, or None; another picture of the same person then serves as v.
+        weight: ``(scene,)`` how often a scene is drawn, relative to the others; None for equal.
+    """
+
+    pyramid: Pyramid
+    gaze: Tensor
+    canonical: Tensor
+    clutter: Pyramid | None = None
+    person: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.pyramid) == 0 or self.gaze.shape != (len(self.pyramid), 4):
+            raise InputError(
+                f"the guide learns from scenes with one gaze each: {len(self.pyramid)} scenes, gazes {tuple(self.gaze.shape)}"
+            )
+
+    def draw(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+        """Indices of `n` scenes, drawn with their weights."""
+        weight = self.weight if self.weight is not None else torch.ones(len(self.pyramid))
+        return torch.multinomial(weight, n, replacement=True, generator=generator)
+
+
+def train_glance(
+    guide: GazeGuide, data: GuideData, *, steps: int, batch: int = 48, rate: float = 3e-3, seed: int = 0, progress: Progress | None = None
+) -> float:
+    """Train ``guide.glance`` on square views of the scenes; returns the mean loss of the last tenth of the steps.
+
+    Convention: views are 64×64 at 1.5 canonical pixels a pixel, so four patches wide, around random gazes near the object, far
+    from it, and (a quarter of the batch) on clutter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(guide.parameters()).device
+    losses: list[float] = []
+    extent = VIEW * VIEW_STEP / gazes.CANONICAL_SIZE
+    quarter = batch // 4
+    optimiser, schedule = _optimiser(guide.glance, rate, steps)
+    guide.glance.train()
+    for step in range(steps):
+        scene = data.draw(batch, generator)
+        truth = data.gaze[scene]
+        view = _random_views(truth, data.pyramid.size[scene], generator)
+        window = data.pyramid.extract(view, VIEW, extent, scene)
+        target = gazes.compose(gazes.inverse(view), truth).float()
+        present = torch.ones(batch)
+        if data.clutter is not None:
+            other = _clutter_windows(data.clutter, batch, VIEW, extent, generator)
+            window = _swap_background(window, other, target, extent, 0.3, generator)
+            window[:quarter], present[:quarter] = other[:quarter], 0.0
+        window, target, _ = _mirror(window, target, None, generator)
+        output = guide.glance(_lighting(window.float(), generator).to(device))
+        loss = glance_loss(output, target.to(device), present.to(device)).total
+        losses.append(_descend(loss, guide.glance, optimiser, schedule, step))
+        if progress:
+            progress(step, steps, losses[-1])
+    guide.glance.eval()
+    return _tail_mean(losses)
+
+
+def train_looks(
+    guide: GazeGuide,
+    data: GuideData,
+    *,
+    steps: int,
+    batch: int = 96,
+    rate: float = 2e-3,
+    nll_weight: float = 0.1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """Train the guide's window network; returns the mean loss of the last tenth of the steps.
+
+    A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide perturbations
+    of the truth; a fifth more windows on clutter and off the object teach presence. v is the mean canonical image, the
+    object's own crop, or another picture of the same person (of anybody, where persons are unknown).
+    Loss: Huber on the mean, plus `nll_weight` × negative log-likelihood, plus cross-entropy of presence.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    device = next(guide.parameters()).device
+    mean_canonical = data.canonical.mean(0)
+    own = batch // 3
+    off = batch // 5
+    pool: tuple[Tensor, Tensor] | None = None
+    losses: list[float] = []
+    guide.window.load_state_dict(guide.glance.features.state_dict())
+    modules = nn.ModuleList([guide.window, guide.canonical, guide.votes])
+    optimiser, schedule = _optimiser(modules, rate, steps)
+    guide.train()
+    guide.glance.eval()
+    for step in range(steps):
+        scene = data.draw(batch, generator)
+        start = _perturbed(data.gaze[scene], generator)
+        if pool is not None:
+            scene[:own], start[:own] = pool[0], pool[1]
+        truth = data.gaze[scene]
+        window = data.pyramid.extract(start, WINDOW, WINDOW_EXTENT, scene)
+        target = change_chart(start).to_chart(truth).float()
+        relative = gazes.compose(gazes.inverse(start), truth).float()
+        canonical = _canonical_images(data, scene, mean_canonical, generator).float()
+        if data.clutter is not None:
+            missed = _clutter_windows(data.clutter, batch, WINDOW, WINDOW_EXTENT, generator)
+            window = _swap_background(window, missed, relative, WINDOW_EXTENT, 0.25, generator)
+        else:
+            missed = _missed_windows(data, off, generator)
+        window, target, canonical = _mirror(window, target, canonical, generator)
+        assert canonical is not None
+        window = torch.cat([window, missed[:off]]).float()
+        canonical = torch.cat([canonical, canonical[:off]])
+        change = guide(_lighting(window, generator).to(device), _lighting(canonical, generator).to(device))
+        loss = _look_loss(change, target.to(device), batch, nll_weight)
+        losses.append(_descend(loss, modules, optimiser, schedule, step))
+        with torch.no_grad():
+            # Windows may have been mirrored: the next on-policy gazes are read off unmirrored windows of the same scenes.
+            guide.eval()
+            moved, _ = guide.step(data.pyramid, start[:own], canonical[:own].to(device), scene[:own])
+            guide.train()
+            guide.glance.eval()
+            fresh = torch.rand(own, generator=generator) < 0.3
+            lost = gazes.overlap(moved, truth[:own]) < 0.02
+            again = _perturbed(truth[:own], generator)
+            pool = scene[:own].clone(), torch.where((fresh | lost)[:, None], again, moved.to(again.dtype))
+        if progress:
+            progress(step, steps, losses[-1])
+    guide.eval()
+    return _tail_mean(losses)
+
+
+def _look_loss(change: GazeChange, target: Tensor, objects: int, nll_weight: float) -> Tensor:
+    mean, log_sd = change.mean[:objects], change.log_sd[:objects]
+    # In reach: the object's centre inside the window and its scale within a factor 2.5. Beyond, there is nothing to be learned.
+    reach = ((target[:, :2].abs() < 3).all(-1) & (target[:, 2].abs() < 0.95)).float()
+    huber = functional.smooth_l1_loss(mean, target, reduction="none", beta=0.1).sum(-1)
+    residual = (target - mean) * torch.exp(-log_sd)
+    # A Student-like cap keeps one impossible scene from steering the sds.
+    nll = (log_sd + 0.5 * residual.square().clamp(max=25.0)).sum(-1)
+    weight = reach.sum().clamp(min=1.0)
+    present = torch.cat([reach, reach.new_zeros(change.presence.shape[0] - objects)])
+    presence = functional.binary_cross_entropy_with_logits(change.presence, present)
+    return ((huber + nll_weight * nll) * reach).sum() / weight + 0.3 * presence
+
+
+def _optimiser(module: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=1e-3)
+    warm = max(1, min(100, steps // 10))
+
+    def schedule(step: int) -> float:
+        return rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3)
+
+    return optimiser, schedule
+
+
+def _descend(loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, schedule: Callable[[int], float], step: int) -> float:
+    for group in optimiser.param_groups:
+        group["lr"] = schedule(step)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+    optimiser.step()
+    return float(loss.detach())
+
+
+def _tail_mean(losses: list[float]) -> float:
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def _uniform(shape: tuple[int, ...] | int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _perturbed(truth: Tensor, generator: torch.Generator) -> Tensor:
+    """Gazes near the truth: 35 % within 0.3 of a patch, ×0.8–1.25 and 12°, the rest within a patch, ×0.5–1.9 and 35°."""
+    n = truth.shape[0]
+    small = torch.rand(n, generator=generator) < 0.35
+    reach = torch.where(small, 0.3, 1.0).double()
+    offset = _uniform((n, 2), -24.0, 24.0, generator) * reach[:, None]
+    log_scale = torch.where(small, _uniform(n, -0.22, 0.22, generator), _uniform(n, -0.69, 0.64, generator))
+    rotation = _uniform(n, -0.6, 0.6, generator) * torch.where(small, 0.35, 1.0)
+    # The offset is in the truth's pixels: for a gaze at double scale one patch is half as far in its own pixels.
+    return gazes.compose(truth.double(), gazes.from_parts(offset, torch.exp(log_scale), rotation))
+
+
+def _random_views(truth: Tensor, size: Tensor, generator: torch.Generator) -> Tensor:
+    """Views: object anywhere in the view at about the view's scale (most), at any scale, or a view of anywhere in the scene."""
+    n = truth.shape[0]
+    kind = torch.rand(n, generator=generator)
+    log_scale = torch.where(kind < 0.65, _uniform(n, -0.45, 0.45, generator), _uniform(n, -1.6, 1.6, generator))
+    rotation = 0.25 * torch.randn(n, generator=generator, dtype=torch.float64)
+    local = gazes.from_parts(_uniform((n, 2), -44.0, 44.0, generator), torch.exp(log_scale), rotation)
+    view = gazes.compose(truth.double(), gazes.inverse(local))
+    view = view.clone()
+    anywhere = (torch.rand(n, 2, generator=generator, dtype=torch.float64) * (size.flip(-1) - 1)).double()
+    view[:, 2:] = torch.where((kind > 0.85)[:, None], anywhere, view[:, 2:])
+    return view
+
+
+def _clutter_windows(clutter: Pyramid, n: int, size: int, extent: float, generator: torch.Generator) -> Tensor:
+    scene = torch.randint(len(clutter), (n,), generator=generator)
+    return clutter.extract(random_gazes(clutter.size[scene], generator), size, extent, scene)
+
+
+def _missed_windows(data: GuideData, n: int, generator: torch.Generator) -> Tensor:
+    """Windows of the labelled scenes whose middle misses the object (by half a patch, or by more than a factor 2 in scale)."""
+    scene = data.draw(4 * n, generator)
+    gaze = random_gazes(data.pyramid.size[scene], generator)
+    missed = gazes.overlap(gaze, data.gaze[scene].double()) < 0.02
+    order = torch.argsort(missed.float(), descending=True, stable=True)[:n]
+    return data.pyramid.extract(gaze[order], WINDOW, WINDOW_EXTENT, scene[order])
+
+
+def random_gazes(size: Int[Tensor, "n 2"], generator: torch.Generator) -> Float[Tensor, "n 4"]:
+    """Gazes anywhere in pictures of `size` (height, width): patch width log-uniform in 0.08–0.8 of the shorter side, ±20°."""
+    n = size.shape[0]
+    shorter = size.amin(-1).double()
+    scale = torch.exp(_uniform(n, math.log(0.08), math.log(0.8), generator)) * shorter / gazes.CANONICAL_SIZE
+    centre = torch.rand(n, 2, generator=generator, dtype=torch.float64) * (size.flip(-1) - 1)
+    return gazes.from_parts(centre, scale, _uniform(n, -0.35, 0.35, generator))
+
+
+def _swap_background(window: Tensor, other: Tensor, relative: Tensor, extent: float, share: float, generator: torch.Generator) -> Tensor:
+    """In a share of the windows keep a soft ellipse about the object and put clutter everywhere else.
+
+    Convention: `relative` ``(n, 4)`` carries the object's canonical frame into the window's.
+    """
+    size = window.shape[-1]
+    at = gazes.lattice(size, extent, relative.dtype).reshape(1, -1, 2)
+    p = gazes.apply(gazes.inverse(relative)[:, None, :], at)
+    radius = torch.sqrt((p[..., 0] / 13.0).square() + ((p[..., 1] - 0.5) / 16.5).square())
+    mask = torch.sigmoid((1.05 - radius) / 0.06).reshape(window.shape).to(window.dtype)
+    chosen = (torch.rand(window.shape[0], generator=generator) < share).to(window.dtype)[:, None, None]
+    return window + chosen * (1 - mask) * (other - window)
+
+
+def _mirror(window: Tensor, target: Tensor, canonical: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Half of the batch seen in a mirror. Targets are gazes ``(a, b, tx, ty)`` or changes ``(x, y, log-scale, angle)``.
+
+    Convention: x → -x turns the angle round; of a gaze that negates b and tx, of a change the first and last coordinate.
+    """
+    flip = torch.rand(window.shape[0], generator=generator) < 0.5
+    sign = torch.tensor([-1.0, 1.0, 1.0, -1.0] if canonical is not None else [1.0, -1.0, -1.0, 1.0], dtype=target.dtype)
+    window = torch.where(flip[:, None, None], window.flip(-1), window)
+    target = torch.where(flip[:, None], target * sign, target)
+    if canonical is not None:
+        canonical = torch.where(flip[:, None, None], canonical.flip(-1), canonical)
+    return window, target, canonical
+
+
+def _canonical_images(data: GuideData, scene: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
+    n = scene.shape[0]
+    kind = torch.rand(n, generator=generator)
+    other = torch.randint(len(data.pyramid), (n,), generator=generator)
+    if data.person is not None:
+        same = (data.person[scene][:, None] == data.person[None, :]).float()
+        other = torch.multinomial(same, 1, generator=generator)[:, 0]
+    images = torch.where((kind < 0.7)[:, None, None], data.canonical[scene], data.canonical[other])
+    return torch.where((kind < 0.4)[:, None, None], mean, images)
+
+
+def _lighting(window: Tensor, generator: torch.Generator) -> Tensor:
+    """Gamma, a lighting ramp, gain and offset, a little blur, noise: what cameras and lamps do."""
+    n, rows, columns = window.shape
+    shape = (n, 1, 1)
+
+    def normal(sd: float) -> Tensor:
+        return sd * torch.randn(shape, generator=generator)
+
+    x = window.clamp(1e-3, 1.0) ** torch.exp(normal(0.35))
+    y_axis, x_axis = torch.linspace(-1, 1, rows)[:, None], torch.linspace(-1, 1, columns)[None, :]
+    x = x * torch.exp(normal(0.2) * x_axis + normal(0.2) * y_axis) * torch.exp(normal(0.2)) + normal(0.05)
+    soft = functional.avg_pool2d(functional.pad(x[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[:, 0]
+    x = torch.where(torch.rand(shape, generator=generator) < 0.25, soft, x)
+    return x + torch.rand(shape, generator=generator) * 0.04 * torch.randn(x.shape, generator=generator)

@@ -1,0 +1,217 @@
+r"""The generative model of attention as a Pyro program (Tang et al. 2014, sec. 3), with the whole scene explained.
+
+.. math:: p(I, u, v, h) = p(u)\, p(h)\, p(v \mid h)\; p_c(I)\, \frac{N(y(u); v, \sigma^2 I)}{p_c(y(u))}
+
+y(u) are the density coordinates of the patch at gaze u (its normalised intensities, lighting taken out: `model.patch`). The
+last factor replaces the law of the patch under the clutter density p_c by the object's and leaves everything else about
+the picture to clutter (Baggenstoss's projection theorem); ``p_c(I)`` does not depend on the latents and is left out. With
+``clutter=None`` the denominator is left out too: the paper's own likelihood, which prefers blank walls to faces.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, cast
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor
+from torch.distributions import constraints
+
+from foveate.model import gaze as gazes
+from foveate.model.clutter import ClutterModel, NoisyDensity
+from foveate.model.dbn import CanonicalGivenHidden, DeepBeliefNet, HiddenPrior
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.patch import Pyramid, density_coordinates
+
+__all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_pyramid"]
+
+LATENTS = ("full", "given_hidden", "collapsed")
+
+
+class _HasPictures(Protocol):
+    def pictures(self) -> list[Tensor]: ...
+
+
+# What the model attends to: packed pyramids, tensors (height, width) in [0, 1], or anything with a method pictures().
+Pictures = Pyramid | Sequence[Tensor] | Tensor | _HasPictures
+
+
+def as_pyramid(pictures: Any) -> Pyramid:
+    """Packed pyramids of whatever names pictures: a `Pyramid` as it is, a list of tensors, a `Scenes`."""
+    if isinstance(pictures, Pyramid):
+        return pictures
+    if isinstance(pictures, Tensor) and pictures.ndim == 2:
+        raise InputError("one picture was given where a list of pictures is needed: write [picture]")
+    if hasattr(pictures, "pictures"):
+        return Pyramid.build(cast(_HasPictures, pictures).pictures())
+    return Pyramid.build([torch.as_tensor(p) for p in pictures])
+
+
+class SceneLikelihood(TorchDistribution):
+    """The law of a scene given its patch's density: object over clutter, as the distribution of the site ``patch``.
+
+    ``log_prob(y) = temperature · (log p_object(y) − log p_clutter(y))``: the log-odds of the patch, which is the log-density
+    of the whole picture up to a constant. Drawing from it draws the patch from the object's density.
+
+    Args:
+        object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
+        clutter: None for the paper's likelihood.
+        temperature: 1 for the model as written; below 1 the odds are flattened (576 correlated pixels make them overconfident).
+        batch_shape: of the site.
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        object_density: TorchDistribution | EllipticalDensity,
+        clutter: ClutterModel | EllipticalDensity | None,
+        temperature: float,
+        batch_shape: torch.Size,
+    ):
+        self.object_density, self.clutter, self.temperature = object_density, clutter, temperature
+        super().__init__(batch_shape, torch.Size([575]), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "SceneLikelihood":
+        inner = self.object_density
+        if isinstance(inner, TorchDistribution):
+            inner = inner.expand(batch_shape)
+        return SceneLikelihood(inner, self.clutter, self.temperature, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        if isinstance(self.object_density, EllipticalDensity):
+            shape = torch.Size(sample_shape) + self.batch_shape
+            return self.object_density.sample(shape.numel()).reshape(*shape, 575)
+        return self.object_density.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_odds = self.object_density.log_prob(value)
+        if self.clutter is not None:
+            log_odds = log_odds - self.clutter.log_prob(value)
+        return self.temperature * log_odds
+
+
+class AttentionModel(PyroModule):
+    """The Pyro program: sites ``gaze``, ``hidden`` (h1; h2 is summed out), ``canonical``, ``patch`` in the plate ``scene``.
+
+    Called with pictures (a `Pyramid`, or a list of ``(height, width)`` tensors in [0, 1], from which one is built at every call).
+
+    Args:
+        dbn: prior over canonical images, in density coordinates.
+        clutter: density of patches that are not the object; None for the paper's likelihood.
+        noise: σ of the likelihood, in normalised intensities.
+        temperature: on the log-odds; fitted on validation and recorded, 1 until then.
+        gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
+        prior_options: keyword arguments of the gaze prior.
+        latent: which density the program is:
+
+            * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC refuses.
+            * ``"given_hidden"``: p(u, v, I | h) with ``hidden`` observed at the call's `hidden` (default: what the DBN
+              recognises in its mean image). Gaze and canonical are continuous: stock HMC and NUTS run.
+            * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one Student-t with
+              the DBN's own covariance, seen through the noise (`NoisyDensity`). Stock HMC and NUTS run.
+
+    Convention: gazes as `foveate.model.gaze`; canonical images and patches are density coordinates ``(scene, 575)``.
+    """
+
+    def __init__(
+        self,
+        dbn: DeepBeliefNet,
+        clutter: ClutterModel | None = None,
+        *,
+        noise: float = 1.0,
+        temperature: float = 1.0,
+        gaze_prior: Literal["proper", "flat"] = "proper",
+        prior_options: dict[str, float] | None = None,
+        latent: Literal["full", "given_hidden", "collapsed"] = "full",
+    ):
+        super().__init__()
+        if latent not in LATENTS:
+            raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
+        if gaze_prior not in ("proper", "flat"):
+            raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
+        if not noise > 0:
+            raise InputError(f"noise={noise}: the likelihood needs a positive standard deviation")
+        self.dbn = dbn
+        self.clutter = clutter
+        self.noise, self.temperature = noise, temperature
+        self.gaze_prior, self.prior_options, self.latent = gaze_prior, dict(prior_options or {}), latent
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `inference.checkpoint` writes beside the tensors."""
+        return {
+            "noise": self.noise,
+            "temperature": self.temperature,
+            "gaze_prior": self.gaze_prior,
+            "prior_options": self.prior_options,
+            "clutter": self.clutter is not None,
+        }
+
+    def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
+        """The same model (shared parameters) as another of its densities."""
+        return AttentionModel(
+            self.dbn,
+            self.clutter,
+            noise=self.noise,
+            temperature=self.temperature,
+            gaze_prior=cast(Literal["proper", "flat"], self.gaze_prior),
+            prior_options=self.prior_options,
+            latent=latent,
+        )
+
+    def prior(self, size: Tensor) -> gazes.GazePrior | gazes.FlatGazePrior:
+        """Prior over gazes for pictures of `size` ``(..., 2)`` holding height and width."""
+        kind = gazes.GazePrior if self.gaze_prior == "proper" else gazes.FlatGazePrior
+        return kind(size, **self.prior_options)
+
+    def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:
+        """Object and clutter densities of y in the collapsed form, both seen through the noise."""
+        clutter = None if self.clutter is None else NoisyDensity.through(self.clutter.density, self.noise)
+        return NoisyDensity.through(self.dbn.core, self.noise), clutter
+
+    def log_odds(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Collapsed log-odds (nats, with the temperature) of patches in [0, 1]."""
+        dense_object, dense_clutter = self.marginal_densities()
+        return SceneLikelihood(dense_object, dense_clutter, self.temperature, patch.shape[:-2]).log_prob(density_coordinates(patch))
+
+    def recognised_hidden(self) -> Float[Tensor, "hidden"]:
+        """The h1 that the recognition posterior thinks most likely for the mean canonical image."""
+        return (self.dbn.infer_hidden(self.dbn.core.mean) > 0.5).to(self.dbn.core.mean.dtype)
+
+    def forward(self, pictures: Any, hidden: Tensor | None = None) -> Tensor:
+        """Run the program on pictures; returns the gaze ``(scene, 4)``.
+
+        Args:
+            pictures: see the class.
+            hidden: ``(scene, N)`` states of h1, for ``latent="given_hidden"`` only.
+        """
+        pyramid = as_pyramid(pictures)
+        size = pyramid.size.to(pyramid.texels.dtype)
+        with pyro.plate("scene", len(pyramid), dim=-1):
+            gaze = cast(Tensor, pyro.sample("gaze", self.prior(size)))
+            if self.latent == "collapsed":
+                dense_object, dense_clutter = self.marginal_densities()
+                law = SceneLikelihood(dense_object, dense_clutter, self.temperature, torch.Size([len(pyramid)]))
+            else:
+                prior = HiddenPrior(self.dbn)
+                if self.latent == "given_hidden":
+                    given = self.recognised_hidden().expand(len(pyramid), -1) if hidden is None else hidden
+                    state = cast(Tensor, pyro.sample("hidden", prior, obs=given))
+                else:
+                    state = cast(Tensor, pyro.sample("hidden", prior))
+                canonical = cast(Tensor, pyro.sample("canonical", CanonicalGivenHidden(self.dbn, state)))
+                seen = pyro.distributions.Normal(canonical, self.noise).to_event(1)
+                clutter = self.marginal_densities()[1]
+                law = SceneLikelihood(seen, clutter, self.temperature, seen.batch_shape)
+            pyro.sample("patch", law, obs=density_coordinates(_patches(pyramid, gaze)))
+        return gaze
+
+
+def _patches(pyramid: Pyramid, gaze: Tensor) -> Tensor:
+    """Patches at gazes whose *last* leading dimension is the scene, ``(..., scene, 4) -> (..., scene, 24, 24)``."""
+    return pyramid.extract(gaze.movedim(-2, 0)).movedim(0, -3)
