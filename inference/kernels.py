@@ -1,0 +1,401 @@
+"""Compiled loops (numba) behind `foveate.inference.potential`, for the CPU; imported only when used.
+
+All of them release the interpreter's lock, so that threads can share a batch, and treat each gaze by itself, so that
+its numbers do not depend on the batch it comes in. Letters as in the paper: a gaze (a, b, tx, ty), scale s, rotation θ.
+"""
+
+import math
+from typing import no_type_check
+
+import numba
+import numpy as np
+
+__all__ = ["contract_slopes", "patch_slopes", "quadratic_energy", "quadratic_trajectory"]
+
+# Sums may be reordered so that they vectorise; infinities keep their meaning, and what is not a number never enters.
+_FAST = {"contract", "arcp", "nsz", "reassoc", "nnan"}
+_LOG_2 = math.log(2.0)
+_TWO_PI = 2.0 * math.pi
+# Beyond this scale (scene pixels per canonical pixel) or distance (scene pixels) no picture reaches; single precision
+# would overflow.
+_FARTHEST = 1e6
+# Points of a patch.
+_POINTS = 576
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def _frame(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py):
+    """What the points of one patch have in common, in the texels' dtype: the gaze and the two levels that it reads.
+
+    Positions are counted from a corner left of and above the patch, so that single precision loses nothing on a large
+    picture.
+    """
+    number = px.dtype.type
+    index = np.uint32
+    level = min(math.log2(max(a * a + b * b, 1.0)), offset.shape[1] - 1 - 1e-9)
+    k = int(level)
+    stride_0, stride_1 = stride[scene, k], stride[scene, k + 1]
+    width, height = float(size[scene, 1] - 1), float(size[scene, 0] - 1)
+    reach = (abs(a) + abs(b)) * max(abs(px[0]), abs(py[0]))
+    corner_x = stride_1 * int(min(max(tx - reach, 0.0), max(width - stride_1, 0.0)) / stride_1)
+    corner_y = stride_1 * int(min(max(ty - reach, 0.0), max(height - stride_1, 0.0)) / stride_1)
+    columns_0, columns_1 = columns[scene, k], columns[scene, k + 1]
+    rows_0, rows_1 = rows[scene, k], rows[scene, k + 1]
+    first_0 = (corner_y // stride_0) * columns_0 + corner_x // stride_0
+    first_1 = (corner_y // stride_1) * columns_1 + corner_x // stride_1
+    frame = (
+        number(a),
+        number(b),
+        number(tx - corner_x),
+        number(ty - corner_y),
+        number(width - corner_x),
+        number(height - corner_y),
+    )
+    finer = (
+        number(1.0 / stride_0),
+        index(max(columns_0 - 2, 0) - corner_x // stride_0),
+        index(max(rows_0 - 2, 0) - corner_y // stride_0),
+        index(columns_0),
+        index(1 if columns_0 > 1 else 0),
+        index(columns_0 if rows_0 > 1 else 0),
+    )
+    coarser = (
+        number(1.0 / stride_1),
+        index(max(columns_1 - 2, 0) - corner_x // stride_1),
+        index(max(rows_1 - 2, 0) - corner_y // stride_1),
+        index(columns_1),
+        index(1 if columns_1 > 1 else 0),
+        index(columns_1 if rows_1 > 1 else 0),
+    )
+    return (
+        frame,
+        number(level - k),
+        texels[offset[scene, k] + first_0 :],
+        finer,
+        texels[offset[scene, k + 1] + first_1 :],
+        coarser,
+    )
+
+
+@numba.njit(nogil=True, inline="always")
+@no_type_check
+def _bilinear(texels, x, y, per, last_column, last_row, wide, right, down):
+    """Intensity and slopes of one level at a point inside the picture."""
+    number = texels.dtype.type
+    u, v = x * per, y * per
+    column, row = np.uint32(u), np.uint32(v)
+    column = column if column < last_column else last_column
+    row = row if row < last_row else last_row
+    u, v = u - number(column), v - number(row)
+    here = row * wide + column
+    left = texels[here]
+    top = texels[here + right] - left
+    below = here + down
+    left_below = texels[below]
+    bottom = texels[below + right] - left_below
+    upper = left + u * top
+    fall = left_below + u * bottom - upper
+    return upper + v * fall, (top + v * (bottom - top)) * per, fall * per
+
+
+@numba.njit(nogil=True, inline="always")
+@no_type_check
+def _point(frame, fraction, texels_0, finer, texels_1, coarser, px, py):
+    """Intensity of one point, and its slopes along scene x, scene y and level."""
+    a, b, x_0, y_0, last_x, last_y = frame
+    zero = a - a
+    at_x, at_y = x_0 + a * px - b * py, y_0 + b * px + a * py
+    x = at_x if at_x > zero else zero
+    x = x if x < last_x else last_x
+    y = at_y if at_y > zero else zero
+    y = y if y < last_y else last_y
+    value, along_x, along_y = _bilinear(texels_0, x, y, finer[0], finer[1], finer[2], finer[3], finer[4], finer[5])
+    value_1, along_x_1, along_y_1 = _bilinear(
+        texels_1, x, y, coarser[0], coarser[1], coarser[2], coarser[3], coarser[4], coarser[5]
+    )
+    rise = value_1 - value
+    along_x += fraction * (along_x_1 - along_x)
+    along_y += fraction * (along_y_1 - along_y)
+    # Edges are replicated: beyond them the intensity does not change.
+    return value + fraction * rise, along_x if x == at_x else zero, along_y if y == at_y else zero, rise
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def _residual(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, target, precision):
+    """½ Σ precision (x(u) − target)² and its slopes along tx, ty, a, b and level, in one sweep over the points."""
+    frame, fraction, texels_0, finer, texels_1, coarser = _frame(
+        texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py
+    )
+    zero = px.dtype.type(0)
+    energy, of_tx, of_ty, of_a, of_b, of_level = zero, zero, zero, zero, zero, zero
+    for n in range(px.shape[0]):
+        value, along_x, along_y, rise = _point(frame, fraction, texels_0, finer, texels_1, coarser, px[n], py[n])
+        away = value - target[n]
+        weight = precision[n] * away
+        energy += weight * away
+        x, y = weight * along_x, weight * along_y
+        of_tx += x
+        of_ty += y
+        of_a += x * px[n] + y * py[n]
+        of_b += y * px[n] - x * py[n]
+        of_level += weight * rise
+    return 0.5 * float(energy), (float(of_tx), float(of_ty), float(of_a), float(of_b), float(of_level))
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def _slopes(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, out):
+    """Intensities of a patch, slopes along scene x, scene y and level: ``out (4 · 576)``, one after the other."""
+    frame, fraction, texels_0, finer, texels_1, coarser = _frame(
+        texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py
+    )
+    for n in range(_POINTS):
+        value, along_x, along_y, rise = _point(frame, fraction, texels_0, finer, texels_1, coarser, px[n], py[n])
+        out[n] = value
+        out[_POINTS + n] = along_x
+        out[2 * _POINTS + n] = along_y
+        out[3 * _POINTS + n] = rise
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def _contract(weight, px, py, slopes):
+    """Sums of weight × slope: along tx, ty, a, b and level."""
+    zero = px.dtype.type(0)
+    of_tx, of_ty, of_a, of_b, of_level = zero, zero, zero, zero, zero
+    for n in range(_POINTS):
+        x, y = weight[n] * slopes[_POINTS + n], weight[n] * slopes[2 * _POINTS + n]
+        of_tx += x
+        of_ty += y
+        of_a += x * px[n] + y * py[n]
+        of_b += y * px[n] - x * py[n]
+        of_level += weight[n] * slopes[3 * _POINTS + n]
+    return float(of_tx), float(of_ty), float(of_a), float(of_b), float(of_level)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _gaze(base, scales, z):
+    """Chart coordinates to a gaze, ``base ∘ δ(z)``; false where no picture reaches."""
+    s = math.exp(scales[2] * z[2])
+    c, d = s * math.cos(scales[3] * z[3]), s * math.sin(scales[3] * z[3])
+    x, y = scales[0] * z[0], scales[1] * z[1]
+    a, b = base[0] * c - base[1] * d, base[1] * c + base[0] * d
+    tx, ty = base[0] * x - base[1] * y + base[2], base[1] * x + base[0] * y + base[3]
+    near = abs(a) < _FARTHEST and abs(b) < _FARTHEST and abs(tx) < _FARTHEST and abs(ty) < _FARTHEST
+    return near and a * a + b * b > 0.0, a, b, tx, ty
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0.0 else x - math.log1p(math.exp(x))
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _sigmoid(x):
+    return 1.0 / (1.0 + math.exp(-x)) if x > 0.0 else math.exp(x) / (1.0 + math.exp(x))
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _edge(centre, extent, width):
+    """Log density and slope of a centre that is uniform over the picture with logistic edges."""
+    low, high = (centre + 0.5) / width, (centre + 0.5 - extent) / width
+    value = _log_sigmoid(low) + _log_sigmoid(-high) + math.log(-math.expm1(-extent / width)) - math.log(extent)
+    return value, (_sigmoid(-low) - _sigmoid(high)) / width
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _prior(size, prior, a, b, tx, ty):
+    """Log density of a gaze and its slopes along tx, ty, log s and θ.
+
+    ``prior`` holds the four settings of a `GazePrior`, the one of a `FlatGazePrior`, or nothing.
+    """
+    if prior.shape[0] == 0:
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    if prior.shape[0] == 1:
+        half = prior[0] * min(size[0], size[1]) / 24.0
+        within = abs(a) <= half and abs(b) <= half
+        within = within and -0.5 <= tx <= size[1] - 0.5 and -0.5 <= ty <= size[0] - 0.5
+        return -2.0 * math.log(2.0 * half) - math.log(size[0] * size[1]) if within else -math.inf, 0.0, 0.0, 0.0, 0.0
+    typical, log_scale_sd, rotation_sd, edge = prior[0], prior[1], prior[2], prior[3]
+    shorter = float(min(size[0], size[1]))
+    value_x, of_tx = _edge(tx, float(size[1]), edge * shorter)
+    value_y, of_ty = _edge(ty, float(size[0]), edge * shorter)
+    log_s = 0.5 * math.log(a * a + b * b)
+    away = (log_s - math.log(typical * shorter / 24.0)) / log_scale_sd
+    value = value_x + value_y - 0.5 * away * away - math.log(log_scale_sd) - math.log(rotation_sd) - math.log(_TWO_PI)
+    of_log_s = -away / log_scale_sd - 2.0
+    rotation = math.atan2(b, a)
+    total, mean = 0.0, 0.0
+    # The nearest turn is the largest term.
+    top = -0.5 * (rotation / rotation_sd) ** 2
+    for turn in range(-2, 3):
+        angle = rotation + turn * _TWO_PI
+        weight = math.exp(-0.5 * (angle / rotation_sd) ** 2 - top)
+        total += weight
+        mean += weight * angle
+    return value + top + math.log(total) - 2.0 * log_s, of_tx, of_ty, of_log_s, -mean / total / rotation_sd**2
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _finish(energy, sums, base, scales, size, prior, a, b, tx, ty, levels, z, gradient):
+    """Add prior and chart to the energy of a patch, and carry its slopes over to the chart."""
+    of_tx, of_ty, of_a, of_b, of_level = sums
+    square = a * a + b * b
+    moving = 2.0 / _LOG_2 if 1.0 <= square < 2.0 ** (levels - 1 - 1e-9) else 0.0
+    log_prior, prior_tx, prior_ty, prior_log_s, prior_rotation = _prior(size, prior, a, b, tx, ty)
+    of_tx -= prior_tx
+    of_ty -= prior_ty
+    of_log_s = a * of_a + b * of_b + moving * of_level - prior_log_s
+    of_rotation = a * of_b - b * of_a - prior_rotation
+    gradient[0] = scales[0] * (base[0] * of_tx + base[1] * of_ty)
+    gradient[1] = scales[1] * (base[0] * of_ty - base[1] * of_tx)
+    gradient[2] = scales[2] * (of_log_s - 2.0)
+    gradient[3] = scales[3] * of_rotation
+    log_det = 2.0 * math.log(base[0] ** 2 + base[1] ** 2) + 2.0 * scales[2] * z[2]
+    log_det += math.log(scales[0]) + math.log(scales[1]) + math.log(scales[2]) + math.log(scales[3])
+    return energy - log_prior - log_det
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def _quadratic(
+    texels, offset, rows, columns, stride, size, scene, base, scales, prior, px, py, target, precision, z, gradient
+):
+    near, a, b, tx, ty = _gaze(base, scales, z)
+    if not near:
+        gradient[:] = math.nan
+        return math.inf
+    energy, sums = _residual(
+        texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, target, precision
+    )
+    return _finish(energy, sums, base, scales, size[scene], prior, a, b, tx, ty, offset.shape[1], z, gradient)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def quadratic_energy(begin, end, pyramid, scene, base, scales, px, py, prior, target, precision, z, energy, gradient):
+    """Energies and gradients of gazes ``begin … end`` under ½ Σ precision (x(u) − target)², prior and chart."""
+    texels, offset, rows, columns, stride, size = pyramid
+    slope = np.empty(4)
+    for n in range(begin, end):
+        energy[n] = _quadratic(
+            texels,
+            offset,
+            rows,
+            columns,
+            stride,
+            size,
+            scene[n],
+            base[n],
+            scales,
+            prior,
+            px,
+            py,
+            target[n % target.shape[0]],
+            precision[n % precision.shape[0]],
+            z[n],
+            slope,
+        )
+        gradient[n] = slope
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def quadratic_trajectory(
+    begin,
+    end,
+    pyramid,
+    scene,
+    base,
+    scales,
+    px,
+    py,
+    prior,
+    target,
+    precision,
+    z,
+    momentum,
+    gradient,
+    size_of_step,
+    steps,
+    energy,
+):
+    """Leapfrog trajectories of gazes ``begin … end``, each of its own length; overwrites positions and momenta."""
+    texels, offset, rows, columns, stride, size = pyramid
+    number = z.dtype.type
+    at, slope, speed = np.empty(4, z.dtype), np.empty(4), np.empty(4)
+    for n in range(begin, end):
+        at[:] = z[n]
+        for i in range(4):
+            speed[i] = momentum[n, i] - 0.5 * size_of_step[n, i] * gradient[n, i]
+        value = math.inf
+        for _ in range(steps[n]):
+            for i in range(4):
+                at[i] = number(at[i] + size_of_step[n, i] * speed[i])
+            value = _quadratic(
+                texels,
+                offset,
+                rows,
+                columns,
+                stride,
+                size,
+                scene[n],
+                base[n],
+                scales,
+                prior,
+                px,
+                py,
+                target[n % target.shape[0]],
+                precision[n % precision.shape[0]],
+                at,
+                slope,
+            )
+            if not value < math.inf:
+                break
+            for i in range(4):
+                speed[i] -= size_of_step[n, i] * slope[i]
+        for i in range(4):
+            z[n, i] = at[i]
+            momentum[n, i] = number(speed[i] + 0.5 * size_of_step[n, i] * slope[i])
+            gradient[n, i] = number(slope[i])
+        energy[n] = number(value)
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def patch_slopes(begin, end, pyramid, scene, base, scales, px, py, z, near, slopes):
+    """Patches and slopes of gazes ``begin … end``, ``slopes (n, 4 · 576)``; ``near``: those within reach."""
+    texels, offset, rows, columns, stride, size = pyramid
+    for n in range(begin, end):
+        near[n], a, b, tx, ty = _gaze(base[n], scales, z[n])
+        if near[n]:
+            _slopes(texels, offset, rows, columns, stride, size, scene[n], a, b, tx, ty, px, py, slopes[n])
+        else:
+            slopes[n] = 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def contract_slopes(begin, end, pyramid, scene, base, scales, px, py, prior, z, near, weight, slopes, energy, gradient):
+    """From patches' energies and derivatives ``weight (n, 576)`` to the chart's; overwrites ``energy``."""
+    _, offset, _, _, _, size = pyramid
+    slope = np.empty(4)
+    for n in range(begin, end):
+        if near[n]:
+            _, a, b, tx, ty = _gaze(base[n], scales, z[n])
+            sums = _contract(weight[n], px, py, slopes[n])
+            energy[n] = _finish(
+                energy[n], sums, base[n], scales, size[scene[n]], prior, a, b, tx, ty, offset.shape[1], z[n], slope
+            )
+            gradient[n] = slope
+        else:
+            energy[n] = math.inf
+            gradient[n] = math.nan

@@ -1,0 +1,438 @@
+r"""The energy of a gaze and its gradient, for all scenes and chains at once.
+
+The energy of chart coordinates z is :math:`E(z) = \mathrm{score}(x(u)) - \log p(u) - \log|\partial u / \partial z|`, u
+= base ∘ δ(z): the score of the patch that the gaze reads (`QuadraticScore`: Tang et al. 2014, sec. 3.1; `OddsScore`:
+the object against clutter), the prior over gazes and the chart's log-determinant. On the CPU patches and slopes come
+out of compiled loops (`foveate.inference.kernels`), elsewhere out of autograd through `GazePotential.energy`, which is
+the plain definition of the same number.
+
+Convention: as `foveate.model.gaze`; a batch of chart coordinates is ``(scene, ..., 4)``.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice
+from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
+
+__all__ = ["CanonicalDensity", "GazePotential", "OddsScore", "PatchScore", "QuadraticScore"]
+
+
+@runtime_checkable
+class PatchScore(Protocol):
+    """Energy of patches, in nats."""
+
+    def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Energies, differentiable in the patch."""
+        ...
+
+    def energy_and_slope(
+        self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
+    ) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
+        """Energies and their derivatives by the patch, of the gazes `rows` of a flattened batch."""
+        ...
+
+
+class QuadraticScore:
+    r"""The paper's energy of a patch given the canonical image, :math:`\tfrac12 \sum_i (x_i(u) - v_i)^2 / \sigma_i^2`.
+
+    The normaliser of the likelihood is left out.
+
+    Args:
+        target: v, ``(*batch, 24, 24)``; its batch is the leading part of the gazes', or empty.
+        sigma: noise of the pixels, a number or ``(24, 24)``.
+
+    Raises:
+        InputError: a sigma that is not positive.
+    """
+
+    def __init__(self, target: Float[Tensor, "*batch 24 24"], sigma: float | Float[Tensor, "24 24"]) -> None:
+        sigma = torch.as_tensor(sigma, dtype=target.dtype, device=target.device)
+        if not bool((sigma > 0).all()):
+            raise InputError(f"sigma has a value of {float(sigma.min()):g}: the noise of every pixel must be positive")
+        self.target = target.flatten(-2)
+        self.precision = (sigma**-2).expand(CANONICAL_SIZE, CANONICAL_SIZE).flatten()
+
+    def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Energies, differentiable in the patch."""
+        away = patch.flatten(-2) - _aligned(self.target, patch.shape[:-2])
+        return 0.5 * (away**2 * self.precision).sum(-1)
+
+    def energy_and_slope(
+        self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
+    ) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
+        """Energies and their derivatives by the patch, of the gazes `rows` of a flattened batch."""
+        away = patch - _aligned(self.target, batch).expand(*batch, -1).reshape(-1, _POINTS)[rows]
+        slope = away * self.precision
+        return 0.5 * (slope * away).sum(-1), slope
+
+    def tables(self, batch: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Targets, a row for each gaze or one for all, and precisions ``(1, 576)``, for the compiled loops."""
+        target = self.target if self.target.ndim == 1 else _aligned(self.target, batch).expand(*batch, -1)
+        tables = target.detach().reshape(-1, _POINTS), self.precision.detach().reshape(1, _POINTS)
+        return tuple(np.ascontiguousarray(table.numpy(), dtype) for table in tables)
+
+
+class CanonicalDensity(NamedTuple):
+    """The object's density once its canonical image is known: normal about the image.
+
+    Attributes:
+        canonical: ``(*batch, 575)`` density coordinates; the batch is the leading part of the gazes', or empty.
+        noise: standard deviation, in normalised intensities.
+    """
+
+    canonical: Float[Tensor, "*batch 575"]
+    noise: float
+
+
+class OddsScore:
+    """Minus the log odds of a patch, the object's density against clutter's, both of its density coordinates.
+
+    The Jacobian of the normalisation is the same on both sides and cancels, here and only here. The densities are read
+    once: after a change make another score.
+
+    Args:
+        object: density of the object's patches: an elliptical one (v integrated out), or one about a given canonical
+            image.
+        clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
+        temperature: multiplies the log odds, which 576 correlated pixels make overconfident.
+
+    Raises:
+        InputError: a temperature or a noise that is not positive.
+    """
+
+    def __init__(
+        self, object: EllipticalDensity | CanonicalDensity, clutter: EllipticalDensity | None, temperature: float = 1.0
+    ) -> None:
+        if not temperature > 0:
+            raise InputError(f"temperature {temperature}: it must be positive")
+        if isinstance(object, CanonicalDensity) and not object.noise > 0:
+            raise InputError(f"noise {object.noise}: it must be positive")
+        self.object, self.clutter, self.temperature = object, clutter, temperature
+        self._forms: dict[tuple[torch.dtype, torch.device], tuple[list[_Form], Tensor]] = {}
+        self._centres: tuple[tuple[int, ...], torch.dtype, Tensor] | None = None
+
+    def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Energies, differentiable in the patch."""
+        y = density_coordinates(patch)
+        if isinstance(self.object, CanonicalDensity):
+            canonical, noise = self.object
+            away = (y - _aligned(canonical, y.shape[:-1])) / noise
+            energy = 0.5 * away.square().sum(-1) + 575 * math.log(noise * math.sqrt(2 * math.pi))
+        else:
+            energy = -self.object.log_prob(y)
+        if self.clutter is not None:
+            energy = energy + self.clutter.log_prob(y)
+        return self.temperature * energy
+
+    def energy_and_slope(
+        self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
+    ) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
+        """Energies and their derivatives by the patch, of the gazes `rows` of a flattened batch."""
+        count, points = patch.shape
+        centred = patch - patch.mean(-1, keepdim=True)
+        deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + NORMALISING_FLOOR**2)
+        n = centred / deviation
+        energy, of_n = n.new_zeros(count), torch.zeros_like(n)
+        if isinstance(self.object, CanonicalDensity):
+            away = (n - self._centre(batch, n)[rows]) / self.object.noise
+            energy = 0.5 * (away * away).sum(-1) + 575 * math.log(self.object.noise * math.sqrt(2 * math.pi))
+            of_n = away / self.object.noise
+        key = patch.dtype, patch.device
+        if key not in self._forms:
+            self._forms[key] = self._form(patch)
+        forms, precision = self._forms[key]
+        # One matrix product serves all densities; BLAS gives a row the same bits in any batch of a multiple of four.
+        product = (torch.cat([n, n.new_zeros(-count % 4, points)]) @ precision)[:count]
+        for which, form in enumerate(forms):
+            pulled = product[:, which * points : (which + 1) * points] - form.pull
+            square = (pulled * (n - form.centre)).sum(-1)
+            if math.isinf(form.nu):
+                energy = energy + form.sign * (form.least + 0.5 * square)
+                of_n = of_n + form.sign * pulled
+            else:
+                ratio, power = square / (form.nu - 2), form.nu + points - 1
+                energy = energy + form.sign * (form.least + 0.5 * power * torch.log1p(ratio))
+                of_n = of_n + (form.sign * power / (form.nu - 2) / (1 + ratio))[:, None] * pulled
+        of_n = of_n - of_n.mean(-1, keepdim=True)
+        slope = (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
+        return self.temperature * energy, self.temperature * slope
+
+    def _form(self, like: Tensor) -> tuple[list["_Form"], Tensor]:
+        """The elliptical densities as functions of the normalised patch, and their precision matrices side by side."""
+        forms, matrices = [], [like.new_empty(_POINTS, 0)]
+        for density, sign in ((self.object, 1.0), (self.clutter, -1.0)):
+            if not isinstance(density, EllipticalDensity):
+                continue
+            axes = from_density_coordinates(density.axes.detach().double().T).flatten(-2).T
+            centre = from_density_coordinates(density.mean.detach().double()).flatten()
+            precision = (axes / density.variances.double()) @ axes.T
+            least = -float(density.log_prob(density.mean))
+            forms.append(_Form(sign, centre.to(like), (centre @ precision).to(like), least, float(density.nu)))
+            matrices.append(precision.to(like))
+        return forms, torch.cat(matrices, -1)
+
+    def _centre(self, batch: tuple[int, ...], like: Tensor) -> Tensor:
+        """Canonical images as normalised patches, a row for every gaze of a batch."""
+        if self._centres is None or self._centres[:2] != (batch, like.dtype):
+            centre = from_density_coordinates(self.object.canonical.detach()).flatten(-2).to(like)
+            self._centres = batch, like.dtype, _aligned(centre, batch).expand(*batch, -1).reshape(-1, _POINTS)
+        return self._centres[2]
+
+
+class GazePotential:
+    """Energies and gradients of chart coordinates ``(scene, ..., 4)``: the ``value_and_grad_fn`` of HMC on the gaze.
+
+    Args:
+        pyramid: the scenes, of any sizes; each gaze reads its own two levels.
+        chart: coordinates of gazes; its base broadcasts against the batch.
+        score: energy of the patch.
+        prior: the prior over gazes, whose settings are used with the pyramid's own sizes; ``None`` leaves it out.
+
+    Convention: as the module. A gaze of a million scene pixels or more has infinite energy.
+    """
+
+    def __init__(
+        self, pyramid: Pyramid, chart: LocalChart, score: PatchScore, prior: GazePrior | FlatGazePrior | None = None
+    ) -> None:
+        self.pyramid, self.chart, self.score, self.prior = pyramid, chart, score, prior
+        self._tables: dict[tuple[int, ...], _Tables] = {}
+
+    def energy(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
+        """The definition, in PyTorch alone: differentiable, on any device."""
+        gaze = self.chart.to_gaze(z)
+        total = self.score.energy(self.pyramid.extract(gaze)) - self.chart.log_det(z)
+        if self.prior is None:
+            return total
+        size = self.pyramid.size.to(z.dtype).reshape(-1, *[1] * (z.ndim - 2), 2)
+        return total - _with_size(self.prior, size).log_prob(gaze)
+
+    def __call__(
+        self, z: Float[Tensor, "scene *chain 4"]
+    ) -> tuple[Float[Tensor, "scene *chain"], Float[Tensor, "scene *chain 4"]]:
+        """Energies and gradients: compiled on the CPU, by autograd elsewhere."""
+        if z.device.type != "cpu":
+            with torch.enable_grad():
+                z = z.detach().requires_grad_(True)
+                energy = self.energy(z)
+                (gradient,) = torch.autograd.grad(energy.sum(), z)
+            return energy.detach(), gradient
+        tables, flat = self._of(z), _rows(z)
+        if isinstance(self.score, QuadraticScore):
+            energy, gradient = np.empty(len(flat), flat.dtype), np.empty_like(flat)
+            _share(_kernels().quadratic_energy, len(flat), *tables.fused(self.score), flat, energy, gradient)
+        else:
+            energy, gradient = self._two_passes(tables, flat, len(flat))
+        return torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
+
+    @property
+    def trajectory(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+        """Whole leapfrog trajectories, as :class:`BatchedHMC` takes them; ``None`` for scenes not on the CPU."""
+        return self._trajectory if self.pyramid.texels.device.type == "cpu" else None
+
+    def _trajectory(
+        self, z: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, steps: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tables, batch = self._of(z), z.shape[:-1]
+        counts = np.full(len(tables.scene), steps) if isinstance(steps, int) else _rows(steps[..., None])[:, 0]
+        at, speed, slope, size = (_rows(t) for t in (z, momentum, gradient, step))
+        if isinstance(self.score, QuadraticScore):
+            at, speed, slope, energy = at.copy(), speed.copy(), slope.copy(), np.empty(len(at), at.dtype)
+            _share(
+                _kernels().quadratic_trajectory,
+                len(at),
+                *tables.fused(self.score),
+                at,
+                speed,
+                slope,
+                size,
+                counts,
+                energy,
+            )
+        else:
+            # Sorted by length, the gazes still under way are always the first ones.
+            order = np.argsort(-counts, kind="stable")
+            back = np.argsort(order)
+            tables, at, speed, slope, size = tables.take(order), at[order], speed[order], slope[order], size[order]
+            speed -= 0.5 * size * slope
+            energy = np.empty(len(at), at.dtype)
+            for active in np.searchsorted(-counts[order], -np.arange(counts.max(initial=0)), side="left").tolist():
+                at[:active] += size[:active] * speed[:active]
+                energy[:active], slope[:active] = self._two_passes(tables, at, active)
+                speed[:active] -= size[:active] * slope[:active]
+            speed += 0.5 * size * slope
+            at, speed, slope, energy = at[back], speed[back], slope[back], energy[back]
+        shapes = (z.shape, z.shape, batch, z.shape)
+        at, speed, energy, slope = (
+            torch.from_numpy(a).reshape(shape) for a, shape in zip((at, speed, energy, slope), shapes, strict=True)
+        )
+        return at, speed, energy, slope
+
+    def _two_passes(self, tables: "_Tables", z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Energies and gradients of the first gazes: patches and slopes, the score's slope, their contraction."""
+        near, slopes = np.empty(count, np.bool_), np.empty((count, 4 * _POINTS), tables.px.dtype)
+        _share(_kernels().patch_slopes, count, tables.pyramid, *tables.geometry, z, near, slopes)
+        patch, rows = torch.from_numpy(slopes[:, :_POINTS]), torch.from_numpy(tables.rows[:count])
+        of_patch, weight = self.score.energy_and_slope(patch, tables.batch, rows)
+        energy, gradient = of_patch.numpy().astype(z.dtype), np.empty((count, 4), z.dtype)
+        _share(
+            _kernels().contract_slopes,
+            count,
+            tables.pyramid,
+            *tables.geometry,
+            tables.prior,
+            z,
+            near,
+            weight.contiguous().numpy(),
+            slopes,
+            energy,
+            gradient,
+        )
+        return energy, gradient
+
+    def _of(self, z: Tensor) -> "_Tables":
+        shape = tuple(z.shape)
+        if shape not in self._tables:
+            self._tables[shape] = _Tables.build(self, shape)
+        return self._tables[shape]
+
+
+_POINTS = CANONICAL_SIZE**2
+
+
+class _Form(NamedTuple):
+    """An elliptical density of the normalised patch n: ``least`` is its energy at the centre, ``pull = P centre``."""
+
+    sign: float
+    centre: Tensor
+    pull: Tensor
+    least: float
+    nu: float
+
+
+class _Tables(NamedTuple):
+    """What the compiled loops read besides the coordinates, for one batch shape: a row for every gaze."""
+
+    batch: tuple[int, ...]
+    rows: np.ndarray
+    pyramid: tuple[np.ndarray, ...]
+    scene: np.ndarray
+    base: np.ndarray
+    scales: np.ndarray
+    px: np.ndarray
+    py: np.ndarray
+    prior: np.ndarray
+    targets: dict[int, tuple[Any, tuple[np.ndarray, np.ndarray]]]
+
+    @classmethod
+    def build(cls, potential: GazePotential, shape: tuple[int, ...]) -> "_Tables":
+        pyramid, chart, prior = potential.pyramid, potential.chart, potential.prior
+        if len(shape) < 2 or shape[0] != len(pyramid) or shape[-1] != 4:
+            raise InputError(f"chart coordinates of shape {shape} for {len(pyramid)} scenes: needed is (scene, ..., 4)")
+        try:
+            base = chart.base.detach().double().expand(shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"the chart's base {tuple(chart.base.shape)} does not broadcast to coordinates {shape}: give it "
+                "(scene, 1, 4) for all chains of a scene"
+            ) from error
+        points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
+        settings: tuple[float, ...] = ()
+        if isinstance(prior, GazePrior):
+            settings = (prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge)
+        elif prior is not None:
+            settings = (prior.largest,)
+        return cls(
+            batch=shape[:-1],
+            rows=np.arange(math.prod(shape[:-1])),
+            pyramid=tuple(
+                t.detach().numpy()
+                for t in (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)
+            ),
+            scene=np.repeat(np.arange(len(pyramid)), math.prod(shape[1:-1])),
+            base=base.reshape(-1, 4).contiguous().numpy(),
+            scales=np.array(chart.scales, np.float64),
+            px=np.ascontiguousarray(points[:, 0]),
+            py=np.ascontiguousarray(points[:, 1]),
+            prior=np.array(settings, np.float64),
+            targets={},
+        )
+
+    @property
+    def geometry(self) -> tuple[np.ndarray, ...]:
+        return self.scene, self.base, self.scales, self.px, self.py
+
+    def fused(self, score: QuadraticScore) -> tuple[Any, ...]:
+        """The arguments of the one-pass loops."""
+        if id(score) not in self.targets:
+            self.targets.clear()
+            self.targets[id(score)] = score, score.tables(self.batch, self.px.dtype)
+        return self.pyramid, *self.geometry, self.prior, *self.targets[id(score)][1]
+
+    def take(self, rows: np.ndarray) -> "_Tables":
+        return self._replace(rows=self.rows[rows], scene=self.scene[rows], base=self.base[rows])
+
+
+def _aligned(value: Tensor, batch: tuple[int, ...] | torch.Size) -> Tensor:
+    """Values ``(*leading, d)`` with ones for the batch dimensions that they lack, to broadcast with ``(*batch, d)``."""
+    leading = tuple(value.shape[:-1])
+    if leading != tuple(batch[: len(leading)]):
+        raise InputError(
+            f"canonical images of batch {leading} for gazes of batch {tuple(batch)}: the first must lead the second"
+        )
+    return value.reshape(*leading, *[1] * (len(batch) - len(leading)), value.shape[-1])
+
+
+def _with_size(prior: GazePrior | FlatGazePrior, size: Tensor) -> GazePrior | FlatGazePrior:
+    if isinstance(prior, GazePrior):
+        return GazePrior(size, prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge, validate_args=False)
+    return FlatGazePrior(size, prior.largest, validate_args=False)
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().reshape(-1, tensor.shape[-1]).contiguous().numpy()
+
+
+def _kernels() -> Any:
+    """The compiled loops; numba takes a second to import, which only those who sample should pay."""
+    from foveate.inference import kernels
+
+    return kernels
+
+
+def _share(kernel: Callable[..., None], count: int, *args: Any) -> None:
+    """Run a loop over gazes ``0 … count`` on as many threads as PyTorch uses; they share no output."""
+    threads = min(torch.get_num_threads(), count // _GAZES_PER_THREAD)
+    if threads <= 1:
+        kernel(0, count, *args)
+        return
+    edges = [count * i // threads for i in range(threads + 1)]
+    futures = [_pool(threads - 1).submit(kernel, begin, end, *args) for begin, end in pairwise(edges[1:])]
+    kernel(edges[0], edges[1], *args)
+    for future in futures:
+        future.result()
+
+
+# Below this many gazes a thread costs more than it saves.
+_GAZES_PER_THREAD = 4
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="foveate-gaze")
+
+
+# Threads do not survive a fork; a forked worker makes its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,264 @@
+"""The fused energy of a gaze equals its definition and autograd, bit for bit alone and in a batch, edges included."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.inference.hmc import sample_batch
+from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PatchScore, QuadraticScore
+from foveate.model import gaze as gazes
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.gaze import FlatGazePrior, GazePrior, LocalChart
+from foveate.model.patch import Pyramid
+
+SIZES = [(60, 90), (128, 70), (41, 200)]
+
+
+def smooth_pictures(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Pictures of different sizes: a few waves each, so that neighbouring pixels agree as in photographs."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = []
+    for height, width in SIZES:
+        y, x = torch.meshgrid(
+            torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+        )
+        picture = torch.zeros(height, width, dtype=torch.float64)
+        for _ in range(12):
+            fx, fy, phase = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+            picture += torch.sin(0.5 * (fx - 0.5) * x + 0.5 * (fy - 0.5) * y + 6.28 * phase)
+        pictures.append(((picture - picture.min()) / (picture.max() - picture.min())).to(dtype))
+    return pictures
+
+
+def base_gazes(dtype: torch.dtype = torch.float64) -> Tensor:
+    """A gaze near the middle of each picture, at scales 0.7 (level 0), 2.1 and 1.3: (scene, 1, 4)."""
+    centre = torch.tensor([[width / 2, height / 2] for height, width in SIZES], dtype=dtype)
+    scale, rotation = torch.tensor([0.7, 2.1, 1.3], dtype=dtype), torch.tensor([0.1, -0.4, 0.2], dtype=dtype)
+    return gazes.from_parts(centre, scale, rotation)[:, None]
+
+
+def odds_score(dtype: torch.dtype = torch.float64, nu: float = 8.0) -> OddsScore:
+    generator = torch.Generator().manual_seed(9)
+    densities = []
+    for spread in (0.6, 1.0):
+        factor = torch.randn(575, 40, generator=generator, dtype=torch.float64) * spread
+        covariance = factor @ factor.T / 40 + 0.5 * torch.eye(575, dtype=torch.float64)
+        mean = 0.3 * torch.randn(575, generator=generator, dtype=torch.float64)
+        densities.append(EllipticalDensity(mean.to(dtype), covariance.to(dtype), nu))
+    return OddsScore(*densities, temperature=0.3)
+
+
+def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:
+    generator = torch.Generator().manual_seed(4)
+    target = torch.rand(3, 5, 24, 24, generator=generator, dtype=torch.float64).to(dtype)
+    sigma = (0.05 + 0.2 * torch.rand(24, 24, generator=generator, dtype=torch.float64)).to(dtype)
+    canonical = torch.randn(3, 5, 575, generator=generator, dtype=torch.float64).to(dtype)
+    return {
+        "quadratic": QuadraticScore(target, sigma),
+        "quadratic, a target per scene": QuadraticScore(target[:, 0], 0.1),
+        "quadratic, one target": QuadraticScore(target[0, 0], 0.1),
+        "odds": odds_score(dtype),
+        "gaussian odds": odds_score(dtype, math.inf),
+        "odds of given images": OddsScore(CanonicalDensity(canonical, 0.7), odds_score(dtype).clutter, 0.2),
+        "paper": OddsScore(CanonicalDensity(canonical[:, 0], 0.7), None),
+    }
+
+
+def potential(
+    name: str, prior: str = "proper", dtype: torch.dtype = torch.float64, oversampling: float | None = 2.0
+) -> GazePotential:
+    pyramid = Pyramid.build(smooth_pictures(dtype), oversampling=oversampling)
+    size = pyramid.size.to(dtype)
+    priors = {"none": None, "proper": GazePrior(size, 0.4, 0.5, 0.3), "flat": FlatGazePrior(size)}
+    return GazePotential(
+        pyramid, LocalChart(base_gazes(dtype), (1.0, 0.7, 0.2, 0.1)), scores(dtype)[name], priors[prior]
+    )
+
+
+def coordinates(dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
+    """(scene, 5, 4): the middle of the picture, its border, and beyond."""
+    z = spread * torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    z[:, 1, :2] += 15.0
+    z[:, 2, :2] -= 40.0
+    z[:, 3, 2:] -= 6.0
+    return z.to(dtype)
+
+
+def differentiated(function: GazePotential, z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_(True)
+    energy = function.energy(z)
+    (gradient,) = torch.autograd.grad(energy.sum(), z)
+    return energy.detach(), gradient
+
+
+@pytest.mark.parametrize("prior", ["none", "proper", "flat"])
+@pytest.mark.parametrize("name", list(scores()))
+def test_energy_and_gradient_equal_the_definition_and_autograd(name, prior):
+    function, z = potential(name, prior), coordinates()
+    energy, gradient = function(z)
+    expected, slope = differentiated(function, z)
+    inside = torch.isfinite(expected)
+    assert torch.equal(inside, torch.isfinite(energy)) and inside.float().mean() > 0.5
+    # Rounding of 576 terms in double precision, relative to the largest number involved.
+    assert torch.allclose(energy[inside], expected[inside], rtol=1e-10, atol=1e-10)
+    assert torch.allclose(gradient[inside], slope[inside], rtol=1e-10, atol=1e-10 * float(slope[inside].abs().max()))
+
+
+@pytest.mark.parametrize("oversampling", [None, 2.0])
+def test_single_precision_comes_close_to_double(oversampling):
+    z = coordinates(spread=0.3)[:, :1].expand(3, 5, 4)
+    for name in ("quadratic", "odds"):
+        energy, gradient = potential(name, oversampling=oversampling)(z)
+        single, slope = potential(name, dtype=torch.float32, oversampling=oversampling)(z.float())
+        assert single.dtype == slope.dtype == torch.float32
+        # Float32 rounding (6e-8) of sums of 576 terms and of pixel coordinates up to 200; the odds also invert a
+        # covariance.
+        assert torch.allclose(single.double(), energy, rtol=2e-4)
+        assert torch.allclose(slope.double(), gradient, rtol=2e-2, atol=2e-3 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["quadratic", "odds", "odds of given images"])
+def test_fused_trajectories_equal_leapfrog_on_the_definition(name):
+    function, z = potential(name), coordinates(spread=0.3)
+    generator = torch.Generator().manual_seed(1)
+    momentum = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+    steps = torch.randint(1, 9, (3, 5), generator=generator)
+    step = 0.002 * (1 + torch.rand(3, 5, 4, generator=generator, dtype=torch.float64))
+    gradient = function(z)[1]
+    end, speed, energy, slope = function.trajectory(z, momentum, gradient, step, steps)
+    for i in range(3):
+        for j in range(5):
+            at, p, g = z.clone(), momentum.clone(), gradient
+            for _ in range(int(steps[i, j])):
+                p = p - 0.5 * step * g
+                at = at + step * p
+                value, g = differentiated(function, at)
+                p = p - 0.5 * step * g
+            # Eight steps let the rounding of single evaluations (1e-10) grow a little.
+            assert torch.allclose(end[i, j], at[i, j], rtol=1e-8, atol=1e-9)
+            assert torch.allclose(speed[i, j], p[i, j], rtol=1e-8, atol=1e-8 * float(p.abs().max()))
+            assert torch.allclose(energy[i, j], value[i, j], rtol=1e-8)
+            assert torch.allclose(slope[i, j], g[i, j], rtol=1e-8, atol=1e-8 * float(g.abs().max()))
+    everywhere = function.trajectory(z, momentum, gradient, step, torch.full((3, 5), 4))
+    assert all(
+        torch.equal(a, b) for a, b in zip(everywhere, function.trajectory(z, momentum, gradient, step, 4), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["quadratic, a target per scene", "odds"])
+def test_draws_of_a_scene_are_bit_for_bit_the_same_alone_and_in_a_batch(name):
+    whole = potential(name)
+    options = {"num_samples": 20, "warmup_steps": 30, "seed": 3}
+    start = torch.zeros(3, 2, 4, dtype=torch.float64)
+    together, _ = sample_batch(whole, start, streams=[7, 8, 9], **options)
+    score = (
+        QuadraticScore(whole.score.target[1:2].unflatten(-1, (24, 24)), 0.1)
+        if isinstance(whole.score, QuadraticScore)
+        else whole.score
+    )
+    single = GazePotential(whole.pyramid[1], LocalChart(whole.chart.base[1:2], whole.chart.scales), score, whole.prior)
+    alone, _ = sample_batch(single, start[1:2], streams=[8], **options)
+    assert torch.equal(alone[0], together[1])
+
+
+def test_threads_do_not_change_the_numbers():
+    function, z = potential("quadratic, one target"), coordinates().repeat(1, 4, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = function(z)
+        torch.set_num_threads(2)
+        shared = function(z)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("name", ["quadratic", "odds"])
+def test_a_gaze_that_is_no_number_or_out_of_reach_has_infinite_energy_and_harms_nobody(name):
+    function, z = potential(name), coordinates()
+    clean = function(z)
+    z[0, 0, 0], z[1, 1, 2], z[2, 2, 2], z[0, 4, 1] = math.nan, math.inf, -math.inf, 1e30
+    energy, gradient = function(z)
+    lost = torch.zeros(3, 5, dtype=torch.bool)
+    for element in ((0, 0), (1, 1), (2, 2), (0, 4)):
+        lost[element] = True
+    assert (energy[lost] == math.inf).all()
+    assert torch.equal(energy[~lost], clean[0][~lost]) and torch.equal(gradient[~lost], clean[1][~lost])
+    end, *_ = function.trajectory(z, torch.ones_like(z), gradient, torch.full_like(z, 1e-3), torch.full((3, 5), 3))
+    assert torch.isfinite(end[~lost]).all()
+
+
+def test_patches_at_the_very_edge_of_small_and_large_scenes_are_read_inside_the_buffer():
+    pictures = [
+        torch.rand(2, 2, dtype=torch.float64),
+        torch.rand(3, 500, dtype=torch.float64),
+        torch.rand(130, 2, dtype=torch.float64),
+    ]
+    pyramid = Pyramid.build(pictures)
+    base = torch.tensor([[0.3, 0.0, 0.5, 0.5]], dtype=torch.float64).expand(3, 1, 4)
+    function = GazePotential(
+        pyramid, LocalChart(base, (1.0, 1.0, 1.0, 1.0)), QuadraticScore(torch.zeros(24, 24, dtype=torch.float64), 1.0)
+    )
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 200, 4, generator=generator, dtype=torch.float64) * torch.tensor([300.0, 300.0, 3.0, 2.0])
+    energy, _ = function(z)
+    assert torch.allclose(energy, function.energy(z), rtol=1e-10, atol=1e-10)
+
+
+def test_the_gaze_posterior_agrees_with_brute_force_quadrature():
+    # One scene, offsets along x and y only (scale and rotation are held by a prior too narrow to move), a smooth
+    # target.
+    pictures = smooth_pictures()[:1]
+    pyramid = Pyramid.build(pictures)
+    base = base_gazes()[:1]
+    chart = LocalChart(base, (1.0, 1.0, 1e-6, 1e-6))
+    target = pyramid.extract(base)[0, 0]
+    function = _Tethered(GazePotential(pyramid, chart, QuadraticScore(target, 1.5)))
+    axis = torch.linspace(-6, 6, 301, dtype=torch.float64)
+    grid = torch.stack([*torch.meshgrid(axis, axis, indexing="ij"), *torch.zeros(2, 301, 301, dtype=torch.float64)], -1)
+    energy, _ = function(grid.reshape(1, -1, 4))
+    weight = torch.exp(energy.min() - energy).reshape(301, 301)
+    start = torch.zeros(1, 40, 4, dtype=torch.float64)
+    draws, statistics = sample_batch(function, start, num_samples=1000, warmup_steps=200, seed=1)
+    assert not statistics.diverging.any()
+    for coordinate in range(2):
+        share = weight.sum(1 - coordinate) / weight.sum()
+        cumulative = torch.cumsum(share, 0) - 0.5 * share
+        edges = np.interp(np.arange(1, 20) / 20, cumulative.numpy(), axis.numpy())
+        counts = np.bincount(np.searchsorted(edges, draws[..., coordinate].flatten().numpy()), minlength=20)
+        # 20 bins of equal mass; 1e4 effective draws leave a total variation of about 0.02.
+        assert 0.5 * np.abs(counts / counts.sum() - 0.05).sum() < 0.05
+
+
+class _Tethered:
+    """A potential with a wide normal about the middle added, so that the quadrature's box holds all of the mass."""
+
+    def __init__(self, function: GazePotential) -> None:
+        self.function = function
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        energy, gradient = self.function(z)
+        precision = torch.tensor([0.5, 0.5, 1.0, 1.0], dtype=z.dtype)
+        return energy + 0.5 * (precision * z**2).sum(-1), gradient + precision * z
+
+
+def test_bad_shapes_and_settings_are_refused():
+    function = potential("quadratic")
+    with pytest.raises(InputError, match=r"for 3 scenes: needed is \(scene, ..., 4\)"):
+        function(torch.zeros(2, 5, 4, dtype=torch.float64))
+    with pytest.raises(InputError, match="the first must lead"):
+        function(torch.zeros(3, 4, 4, dtype=torch.float64))
+    wrong_base = GazePotential(function.pyramid, LocalChart(base_gazes()[:, 0]), function.score)
+    with pytest.raises(InputError, match="does not broadcast"):
+        wrong_base(torch.zeros(3, 5, 4, dtype=torch.float64))
+    with pytest.raises(InputError, match="sigma"):
+        QuadraticScore(torch.zeros(24, 24), 0.0)
+    with pytest.raises(InputError, match="noise"):
+        OddsScore(CanonicalDensity(torch.zeros(575), 0.0), None)
+    with pytest.raises(InputError, match="temperature"):
+        OddsScore(EllipticalDensity.blank(575), EllipticalDensity.blank(575), 0.0)
