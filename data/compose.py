@@ -24,7 +24,7 @@ from foveate.data.pictures import Picture, decode
 from foveate.data.scenes import Scenes
 from foveate.model import gaze
 from foveate.model.errors import InputError
-from foveate.model.patch import extract
+from foveate.model.patch import Pyramid
 
 __all__ = [
     "SIZES",
@@ -211,7 +211,10 @@ class TwoFaceScenes:
     @cached_property
     def own_crops(self) -> Float[Tensor, "scene 2 24 24"]:
         """``(scene, person, 24, 24)``: the crops at the true gazes in the scenes themselves; renders every scene."""
-        rows = [extract(scene.picture, of.float()) for scene, of in zip(self.scenes, self.gazes, strict=True)]
+        rows = [
+            Pyramid.build([scene.picture]).extract(of[None].float())[0]
+            for scene, of in zip(self.scenes, self.gazes, strict=True)
+        ]
         return torch.stack(rows)
 
 
@@ -479,7 +482,7 @@ def _crops(scenes: Scenes, pairs: Sequence[_Pair]) -> Tensor:
     gazes = _known(scenes)
     crops = {}
     for k in {k for pair in pairs for k in pair.other}:
-        crops[k] = extract(scenes.pictures([k])[0], gazes[k].float())
+        crops[k] = Pyramid.build(scenes.pictures([k])).extract(gazes[k][None].float())[0]
     return torch.stack([torch.stack([crops[k] for k in pair.other]) for pair in pairs])
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -78,6 +78,9 @@ SPEC_KINDS = ("orl", "caltech", "webfaces", "lfw", "multipie", "folder")
 SPEC_HELP = "write orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test if wanted"
 
 
+AnyScenes = TypeVar("AnyScenes", bound="_PictureList")
+
+
 class _PictureList:
     """What labelled and unlabelled scenes share: pictures, names, sizes, and the cache of what was decoded."""
 
@@ -109,7 +112,7 @@ class _PictureList:
         """The readable picture behind a scene, not yet decoded: to build other pictures from it."""
         return self._pictures[self._position(index)]
 
-    def preload(self, progress: bool = False) -> Self:
+    def preload(self: "AnyScenes", progress: bool = False) -> "AnyScenes":
         """Decode every picture now, so that a damaged one is found before any long work; returns itself.
 
         What fits stays in the cache (8-bit pictures take one byte a pixel).
