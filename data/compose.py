@@ -142,7 +142,7 @@ def orl_clutter(split: str, n: int, seed: int = 0, sizes: Sequence[tuple[int, in
     Raises:
         InputError: see `orl_scenes`.
     """
-    _check_count(n)
+    _check_request(n, seed)
     backgrounds = tuple(photographs(split).values())
     pictures = []
     for i in range(n):
@@ -234,7 +234,7 @@ def two_face_scenes(n: int, split: str = "test", seed: int = 0, source: Scenes |
     Raises:
         InputError: `source` has no gazes or people, or fewer than two people with two scenes; or see `orl_scenes`.
     """
-    _check_count(n)
+    _check_request(n, seed)
     if source is None:
         return _two_orl_faces(n, split, seed)
     return _joined_faces(source, n, seed)
@@ -271,9 +271,11 @@ class ComposedPicture:
         rng = np.random.default_rng([*self.entropy, 1])
         scene = _background(rng, self.backgrounds, self.size)
         self._add_decoys(rng, scene)
+        # All torsos before all heads, so that none covers another's face.
         for paste in self.pastes:
             if paste.shoulders and rng.random() < 0.75:
                 _paint_shoulders(rng, scene, paste.scene_gaze, self.backgrounds)
+        for paste in self.pastes:
             portrait = _lit(rng, paste.portrait.numpy())
             _paint(rng, scene, portrait, paste.own_gaze, paste.scene_gaze, neck=paste.shoulders)
         return _photographed(rng, scene)
@@ -320,9 +322,11 @@ class JoinedPicture:
         return np.concatenate(cut, 1)
 
 
-def _check_count(n: int) -> None:
+def _check_request(n: int, seed: int) -> None:
     if n < 1:
         raise InputError(f"{n} composed scenes; ask for at least one")
+    if seed < 0:
+        raise InputError(f"seed {seed}: composed scenes need a seed of 0 or more")
 
 
 def _uniforms(entropy: tuple[int, ...], count: int) -> np.ndarray:
@@ -356,7 +360,7 @@ def _compose(
     shoulders: bool,
 ) -> Scenes:
     """`compose_scenes` with its stream of random numbers chosen."""
-    _check_count(n)
+    _check_request(n, entropy[0])
     if objects.gazes is None or bool(objects.gazes.isnan().any()):
         raise InputError("every object needs a gaze to be cut out by; leave out those without: objects.labelled()")
     if not len(backgrounds) or not sizes:

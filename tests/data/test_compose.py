@@ -125,6 +125,8 @@ def test_wrong_requests_are_refused() -> None:
         orl_scenes("dev", 3)
     with pytest.raises(InputError, match="ask for at least one"):
         orl_scenes("train", 0)
+    with pytest.raises(InputError, match="seed -1"):
+        orl_scenes("train", 3, seed=-1)
 
 
 def test_two_orl_faces_stand_side_by_side() -> None:
