@@ -12,7 +12,17 @@ from torch.nn import functional
 from foveate.model import gaze as gazes
 from foveate.model.patch import Pyramid
 
-__all__ = ["Glance", "GlanceLoss", "Proposals", "VIEW_STEP", "cell_centres", "feature_layers", "glance_loss", "local_contrast", "propose"]
+__all__ = [
+    "Glance",
+    "GlanceLoss",
+    "Proposals",
+    "VIEW_STEP",
+    "cell_centres",
+    "feature_layers",
+    "glance_loss",
+    "local_contrast",
+    "propose",
+]
 
 # Canonical pixels from one pixel of a view to the next, and view pixels from one output cell to the next.
 VIEW_STEP = 1.5
@@ -22,7 +32,12 @@ SCALES = tuple(0.085 * 2 ** (k / 2) for k in range(8))
 
 
 class Proposals(NamedTuple):
-    """Gazes worth a look: ``gaze (scene, count, 4)`` and ``logit (scene, count)``, best first; missing ones have logit -inf."""
+    """Gazes worth a look, best first.
+
+    Attributes:
+        gaze: ``(scene, count, 4)``, scene pixels.
+        logit: ``(scene, count)`` of presence; where fewer were found the rest have -inf.
+    """
 
     gaze: Tensor
     logit: Tensor
@@ -37,11 +52,11 @@ class GlanceLoss(NamedTuple):
 
 
 class Glance(nn.Module):
-    """A fully convolutional network: a view of a scene to, for every cell, presence of an object and the gaze change to it.
+    """A fully convolutional network: in each cell of a view, the presence of an object and the way to it.
 
-    ``forward`` takes views ``(n, rows, columns)`` with intensities in [0, 1], one view pixel = 1.5 canonical pixels of the gaze
-    that made the view, and returns ``(n, 5, rows // 4, columns // 4)``: presence logit, offset from the cell's centre
-    ``(dx, dy)`` in units of 12 canonical pixels, change of log-scale, change of rotation (radians).
+    ``forward`` takes views ``(n, rows, columns)`` with intensities in [0, 1], one view pixel = 1.5 canonical pixels
+    of the gaze that made the view, and returns ``(n, 5, rows // 4, columns // 4)``: presence logit, offset from the
+    cell's centre ``(dx, dy)`` in units of 12 canonical pixels, change of log-scale, change of rotation (radians).
 
     Convention: `foveate.model.gaze`; the offset is in the view's own canonical frame.
     """
@@ -51,6 +66,7 @@ class Glance(nn.Module):
         self.width = width
         self.features = feature_layers(width)
         self.head = nn.Conv2d(3 * width, 5, 1)
+        assert self.head.bias is not None
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
@@ -62,7 +78,7 @@ class Glance(nn.Module):
 
 
 def feature_layers(width: int) -> nn.Sequential:
-    """Convolutions ``(n, 1, rows, columns) -> (n, 3 width, rows / 4, columns / 4)``; each cell sees 49×49 pixels, three patches."""
+    """Convolutions ``(n, 1, rows, columns) -> (n, 3 width, rows / 4, columns / 4)``; a cell sees 49×49 pixels."""
     layers: list[nn.Module] = []
     for inputs, outputs, kernel, stride, dilation in (
         (1, width, 5, 2, 1),
@@ -92,16 +108,18 @@ def glance_loss(
         target: gaze of the object in each view's canonical frame (``compose(inverse(view), truth)``).
         has_object: 1 where the view's scene has an object at `target`, 0 for clutter.
 
-    Convention: the soft target of a cell falls off as a Gaussian of sd 3 canonical pixels in position and 0.25 in log-scale.
+    Convention: the soft target of a cell falls off as a Gaussian of sd 3 canonical pixels in position and 0.25 in
+    log-scale.
     """
     n, _, rows, columns = output.shape
     cells = cell_centres(rows, columns, output.dtype, output.device)
     centre, scale, rotation = gazes.parts(target)
     offset = centre[:, None, None, :] - cells
     log_scale = torch.log(scale)
-    quality = torch.exp(
-        -0.5 * (offset / 3.0).square().sum(-1) - 0.5 * (log_scale / 0.25).square()[:, None, None]
-    ) * has_object[:, None, None]
+    quality = (
+        torch.exp(-0.5 * (offset / 3.0).square().sum(-1) - 0.5 * (log_scale / 0.25).square()[:, None, None])
+        * has_object[:, None, None]
+    )
     logit = output[:, 0]
     probability = torch.sigmoid(logit)
     presence = functional.binary_cross_entropy_with_logits(logit, quality, reduction="none")
@@ -122,7 +140,7 @@ def glance_loss(
 
 
 def cell_centres(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "rows columns 2"]:
-    """Canonical position ``(px, py)`` of every output cell in a view of ``4 rows × 4 columns`` pixels, centred on the view.
+    """Canonical positions ``(px, py)`` of a view's output cells; the view has ``4 rows × 4 columns`` pixels.
 
     Convention: the stride-2 convolutions centre their first output on pixel 0, so cell j looks at view pixel 4 j.
     """
@@ -136,9 +154,9 @@ def cell_centres(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
 def propose(glance: Glance, pyramid: Pyramid, count: int = 12, scales: Sequence[float] = SCALES) -> Proposals:
     """The `count` most promising gazes of every scene, no initial gaze needed.
 
-    Every scene is viewed whole at each of `scales` (patch width as a share of its shorter side); cells are ranked by presence
-    and thinned so that no two proposals lie within half a patch and half an octave of each other. Time and memory
-    grow with the number of cells (about 7000 for any picture), not with pixels.
+    Every scene is viewed whole at each of `scales` (patch width as a share of its shorter side); cells are ranked by
+    presence and thinned so that no two proposals lie within half a patch and half an octave of each other. Time and
+    memory grow with the number of cells (about 7000 for any picture), not with pixels.
 
     Convention: `foveate.model.gaze`, scene pixels.
     """
@@ -195,7 +213,7 @@ def _thin(gaze: Tensor, logit: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def local_contrast(views: Tensor) -> Tensor:
-    """Views with the local mean taken out and divided by the local sd, both over about two patches: lighting stays outside."""
+    """Views less the local mean, over the local sd, both over about two patches: lighting stays outside."""
     small = functional.avg_pool2d(views[:, None], CELL, ceil_mode=True, count_include_pad=False)
     square = functional.avg_pool2d((views * views)[:, None], CELL, ceil_mode=True, count_include_pad=False)
     mean = functional.avg_pool2d(small, 9, 1, 4, count_include_pad=False)

@@ -1,4 +1,4 @@
-"""The guide: proposes gazes from a whole scene, and from a 72×72 window and a canonical image where the object lies (Tang et al. 2014, sec. 4)."""
+"""The guide: from a window around a gaze and a canonical image to where the object lies (Tang et al. 2014, sec. 4)."""
 
 from typing import NamedTuple
 
@@ -38,11 +38,11 @@ class GazeChange(NamedTuple):
 
 
 class GazeGuide(nn.Module):
-    """A ConvNet on a window around the gaze, conditioned on a canonical image, that returns a distribution over gaze changes.
+    """A ConvNet on a window around the gaze, conditioned on a canonical image: a distribution over changes of gaze.
 
-    Every cell of the window votes for the change of gaze and says how much its vote counts; the mean is the weighted vote. The
-    canonical image modulates the features (one gain and one offset a channel), so which of two near objects is meant depends
-    on whom it shows. `glance` is the guide's peripheral half, for scenes with no gaze yet.
+    Every cell of the window votes for the change of gaze and says how much its vote counts; the mean is the weighted
+    vote. The canonical image modulates the features (one gain and one offset a channel), so which of two near objects
+    is meant depends on whom it shows. `glance` is the guide's peripheral half, for scenes with no gaze yet.
 
     Convention: windows ``(n, 48, 48)`` cover 72×72 canonical pixels around the current gaze; canonical images are
     ``(n, 24, 24)``; both are normalised inside.
@@ -55,10 +55,18 @@ class GazeGuide(nn.Module):
         # The same layers as the glance's, so that training may begin from what the glance has learned.
         self.window = feature_layers(width)
         self.canonical = nn.Sequential(
-            nn.Conv2d(1, width, 5, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36 * width, 6 * width)
+            nn.Conv2d(1, width, 5, 2, 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 2, 1),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(36 * width, 6 * width),
         )
         self.votes = nn.Sequential(
-            nn.Conv2d(3 * width, 3 * width, 3, 1, 1, bias=False), nn.BatchNorm2d(3 * width), nn.ReLU(inplace=True), nn.Conv2d(3 * width, 10, 1)
+            nn.Conv2d(3 * width, 3 * width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(3 * width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(3 * width, 10, 1),
         )
         for layer in (self.votes[-1], self.canonical[-1]):
             assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None
@@ -67,7 +75,15 @@ class GazeGuide(nn.Module):
         # sds are stored after a recalibration on held-out scenes: one factor per coordinate, 1 until then.
         self.register_buffer("log_sd_offset", torch.zeros(4))
 
+        # Weights of (integrated log-odds, glance logit, presence logit, 1) in the log-weight of a mode against "no
+        # object here": what makes modes and presence calibrated; fitted on held-out scenes, the plain odds until then.
+        self.register_buffer("evidence", torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        # 1 where the guide's own distribution of the gaze also acts as a prior p(u | I): a named variant of the model.
+        self.register_buffer("prior_weight", torch.zeros(()))
+
     log_sd_offset: Tensor
+    evidence: Tensor
+    prior_weight: Tensor
 
     def forward(self, window: Float[Tensor, "n 48 48"], canonical: Float[Tensor, "n 24 24"]) -> GazeChange:
         features = self.window(local_contrast(window)[:, None])
@@ -100,16 +116,22 @@ class GazeGuide(nn.Module):
         canonical: Float[Tensor, "n 24 24"],
         scene: Int[Tensor, " n"],
     ) -> tuple[Float[Tensor, "n 4"], GazeChange]:
-        """One move: the gaze that the guide's mean change leads to, and the change itself (in the chart of the old gaze).
+        """One move: the gaze that the mean change leads to, and the change itself, in the chart of the old gaze.
 
         Convention: scene pixels; a step is at most two patches long and a factor e in scale, whatever the network says.
         """
         change = self.look(pyramid, gaze, canonical, scene)
-        mean = torch.stack([*change.mean[:, :2].clamp(-4, 4).unbind(-1), change.mean[:, 2].clamp(-1, 1), change.mean[:, 3].clamp(-1, 1)], -1)
+        mean = torch.stack(
+            [
+                *change.mean[:, :2].clamp(-4, 4).unbind(-1),
+                change.mean[:, 2].clamp(-1, 1),
+                change.mean[:, 3].clamp(-1, 1),
+            ],
+            -1,
+        )
         return change_chart(gaze).to_gaze(mean.to(gaze.dtype)), change
 
 
 def change_chart(gaze: Float[Tensor, "*batch 4"]) -> gazes.LocalChart:
     """The chart in which the guide speaks of changes from `gaze`: half patches, log-scale, radians."""
     return gazes.LocalChart(gaze, CHANGE_SCALES)
-

@@ -1,4 +1,4 @@
-"""Training of the guide on scenes with known gazes: dense glances, on-policy looks, lighting and background augmentation."""
+"""Training of the guide on scenes with known gazes: dense glances, on-policy looks, changes of light and background."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.inference.glance import CELL, VIEW_STEP, glance_loss
+from foveate.inference.glance import VIEW_STEP, glance_loss
 from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeChange, GazeGuide, change_chart
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -46,7 +46,8 @@ class GuideData:
     def __post_init__(self) -> None:
         if len(self.pyramid) == 0 or self.gaze.shape != (len(self.pyramid), 4):
             raise InputError(
-                f"the guide learns from scenes with one gaze each: {len(self.pyramid)} scenes, gazes {tuple(self.gaze.shape)}"
+                f"{len(self.pyramid)} scenes and gazes of shape {tuple(self.gaze.shape)}: "
+                "the guide learns from at least one scene and needs one gaze (a, b, tx, ty) for each"
             )
 
     def draw(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
@@ -56,12 +57,19 @@ class GuideData:
 
 
 def train_glance(
-    guide: GazeGuide, data: GuideData, *, steps: int, batch: int = 48, rate: float = 3e-3, seed: int = 0, progress: Progress | None = None
+    guide: GazeGuide,
+    data: GuideData,
+    *,
+    steps: int,
+    batch: int = 48,
+    rate: float = 3e-3,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> float:
     """Train ``guide.glance`` on square views of the scenes; returns the mean loss of the last tenth of the steps.
 
-    Convention: views are 64×64 at 1.5 canonical pixels a pixel, so four patches wide, around random gazes near the object, far
-    from it, and (a quarter of the batch) on clutter.
+    Convention: views are 64×64 at 1.5 canonical pixels a pixel, so four patches wide, around random gazes near the
+    object, far from it, and (a quarter of the batch) on clutter.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(guide.parameters()).device
@@ -104,9 +112,10 @@ def train_looks(
 ) -> float:
     """Train the guide's window network; returns the mean loss of the last tenth of the steps.
 
-    A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide perturbations
-    of the truth; a fifth more windows on clutter and off the object teach presence. v is the mean canonical image, the
-    object's own crop, or another picture of the same person (of anybody, where persons are unknown).
+    A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide
+    perturbations of the truth; a fifth more windows on clutter and off the object teach presence. v is the mean
+    canonical image, the object's own crop, or another picture of the same person (of anybody, where persons are
+    unknown).
     Loss: Huber on the mean, plus `nll_weight` × negative log-likelihood, plus cross-entropy of presence.
     """
     generator = torch.Generator().manual_seed(seed + 1)
@@ -144,7 +153,8 @@ def train_looks(
         loss = _look_loss(change, target.to(device), batch, nll_weight)
         losses.append(_descend(loss, modules, optimiser, schedule, step))
         with torch.no_grad():
-            # Windows may have been mirrored: the next on-policy gazes are read off unmirrored windows of the same scenes.
+            # Windows may have been mirrored: the next on-policy gazes are read off unmirrored windows of the same
+            # scenes.
             guide.eval()
             moved, _ = guide.step(data.pyramid, start[:own], canonical[:own].to(device), scene[:own])
             guide.train()
@@ -161,7 +171,8 @@ def train_looks(
 
 def _look_loss(change: GazeChange, target: Tensor, objects: int, nll_weight: float) -> Tensor:
     mean, log_sd = change.mean[:objects], change.log_sd[:objects]
-    # In reach: the object's centre inside the window and its scale within a factor 2.5. Beyond, there is nothing to be learned.
+    # In reach: the object's centre inside the window and its scale within a factor 2.5. Beyond, there is nothing to
+    # be learned.
     reach = ((target[:, :2].abs() < 3).all(-1) & (target[:, 2].abs() < 0.95)).float()
     huber = functional.smooth_l1_loss(mean, target, reduction="none", beta=0.1).sum(-1)
     residual = (target - mean) * torch.exp(-log_sd)
@@ -183,7 +194,9 @@ def _optimiser(module: nn.Module, rate: float, steps: int) -> tuple[torch.optim.
     return optimiser, schedule
 
 
-def _descend(loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, schedule: Callable[[int], float], step: int) -> float:
+def _descend(
+    loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, schedule: Callable[[int], float], step: int
+) -> float:
     for group in optimiser.param_groups:
         group["lr"] = schedule(step)
     optimiser.zero_grad(set_to_none=True)
@@ -203,7 +216,7 @@ def _uniform(shape: tuple[int, ...] | int, low: float, high: float, generator: t
 
 
 def _perturbed(truth: Tensor, generator: torch.Generator) -> Tensor:
-    """Gazes near the truth: 35 % within 0.3 of a patch, ×0.8–1.25 and 12°, the rest within a patch, ×0.5–1.9 and 35°."""
+    """Gazes near the truth: 35 % within 0.3 patches, ×0.8–1.25 and 12°, the rest within a patch, ×0.5–1.9 and 35°."""
     n = truth.shape[0]
     small = torch.rand(n, generator=generator) < 0.35
     reach = torch.where(small, 0.3, 1.0).double()
@@ -215,7 +228,7 @@ def _perturbed(truth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _random_views(truth: Tensor, size: Tensor, generator: torch.Generator) -> Tensor:
-    """Views: object anywhere in the view at about the view's scale (most), at any scale, or a view of anywhere in the scene."""
+    """Views with the object anywhere in them, most at about its scale, some at any scale; and views of anywhere."""
     n = truth.shape[0]
     kind = torch.rand(n, generator=generator)
     log_scale = torch.where(kind < 0.65, _uniform(n, -0.45, 0.45, generator), _uniform(n, -1.6, 1.6, generator))
@@ -234,7 +247,7 @@ def _clutter_windows(clutter: Pyramid, n: int, size: int, extent: float, generat
 
 
 def _missed_windows(data: GuideData, n: int, generator: torch.Generator) -> Tensor:
-    """Windows of the labelled scenes whose middle misses the object (by half a patch, or by more than a factor 2 in scale)."""
+    """Windows of the labelled scenes whose middle misses the object: their overlap with it is the least among 4 n."""
     scene = data.draw(4 * n, generator)
     gaze = random_gazes(data.pyramid.size[scene], generator)
     missed = gazes.overlap(gaze, data.gaze[scene].double()) < 0.02
@@ -243,7 +256,7 @@ def _missed_windows(data: GuideData, n: int, generator: torch.Generator) -> Tens
 
 
 def random_gazes(size: Int[Tensor, "n 2"], generator: torch.Generator) -> Float[Tensor, "n 4"]:
-    """Gazes anywhere in pictures of `size` (height, width): patch width log-uniform in 0.08–0.8 of the shorter side, ±20°."""
+    """Gazes anywhere in pictures of `size` (height, width): patch width 0.08–0.8 shorter sides, ±20°."""
     n = size.shape[0]
     shorter = size.amin(-1).double()
     scale = torch.exp(_uniform(n, math.log(0.08), math.log(0.8), generator)) * shorter / gazes.CANONICAL_SIZE
@@ -251,7 +264,9 @@ def random_gazes(size: Int[Tensor, "n 2"], generator: torch.Generator) -> Float[
     return gazes.from_parts(centre, scale, _uniform(n, -0.35, 0.35, generator))
 
 
-def _swap_background(window: Tensor, other: Tensor, relative: Tensor, extent: float, share: float, generator: torch.Generator) -> Tensor:
+def _swap_background(
+    window: Tensor, other: Tensor, relative: Tensor, extent: float, share: float, generator: torch.Generator
+) -> Tensor:
     """In a share of the windows keep a soft ellipse about the object and put clutter everywhere else.
 
     Convention: `relative` ``(n, 4)`` carries the object's canonical frame into the window's.
@@ -265,10 +280,13 @@ def _swap_background(window: Tensor, other: Tensor, relative: Tensor, extent: fl
     return window + chosen * (1 - mask) * (other - window)
 
 
-def _mirror(window: Tensor, target: Tensor, canonical: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+def _mirror(
+    window: Tensor, target: Tensor, canonical: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Half of the batch seen in a mirror. Targets are gazes ``(a, b, tx, ty)`` or changes ``(x, y, log-scale, angle)``.
 
-    Convention: x → -x turns the angle round; of a gaze that negates b and tx, of a change the first and last coordinate.
+    Convention: x → -x turns the angle round; of a gaze that negates b and tx, of a change the first and last
+    coordinate.
     """
     flip = torch.rand(window.shape[0], generator=generator) < 0.5
     sign = torch.tensor([-1.0, 1.0, 1.0, -1.0] if canonical is not None else [1.0, -1.0, -1.0, 1.0], dtype=target.dtype)

@@ -2,16 +2,18 @@ r"""The generative model of attention as a Pyro program (Tang et al. 2014, sec. 
 
 .. math:: p(I, u, v, h) = p(u)\, p(h)\, p(v \mid h)\; p_c(I)\, \frac{N(y(u); v, \sigma^2 I)}{p_c(y(u))}
 
-y(u) are the density coordinates of the patch at gaze u (its normalised intensities, lighting taken out: `model.patch`). The
-last factor replaces the law of the patch under the clutter density p_c by the object's and leaves everything else about
-the picture to clutter (Baggenstoss's projection theorem); ``p_c(I)`` does not depend on the latents and is left out. With
-``clutter=None`` the denominator is left out too: the paper's own likelihood, which prefers blank walls to faces.
+y(u) are the density coordinates of the patch at gaze u (its normalised intensities, lighting taken out:
+`model.patch`). The last factor replaces the law of the patch under the clutter density p_c by the object's and leaves
+everything else about the picture to clutter (Baggenstoss's projection theorem); ``p_c(I)`` does not depend on the
+latents and is left out. With ``clutter=None`` the denominator is left out too: the paper's own likelihood, which
+prefers blank walls to faces.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
 import pyro
+import pyro.distributions
 import torch
 from jaxtyping import Float
 from pyro.distributions import TorchDistribution
@@ -53,18 +55,19 @@ def as_pyramid(pictures: Any) -> Pyramid:
 class SceneLikelihood(TorchDistribution):
     """The law of a scene given its patch's density: object over clutter, as the distribution of the site ``patch``.
 
-    ``log_prob(y) = temperature · (log p_object(y) − log p_clutter(y))``: the log-odds of the patch, which is the log-density
-    of the whole picture up to a constant. Drawing from it draws the patch from the object's density.
+    ``log_prob(y) = (log p_object(y) − log p_clutter(y)) / temperature``: the log-odds of the patch, which is the
+    log-density of the whole picture up to a constant. Drawing from it draws the patch from the object's density.
 
     Args:
         object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
         clutter: None for the paper's likelihood.
-        temperature: 1 for the model as written; below 1 the odds are flattened (576 correlated pixels make them overconfident).
+        temperature: 1 for the model as written; below 1 the odds are flattened (576 correlated pixels make them
+            overconfident).
         batch_shape: of the site.
     """
 
-    arg_constraints = {}
-    support = constraints.real_vector
+    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
+    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -83,37 +86,40 @@ class SceneLikelihood(TorchDistribution):
         return SceneLikelihood(inner, self.clutter, self.temperature, torch.Size(batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        if isinstance(self.object_density, EllipticalDensity):
-            shape = torch.Size(sample_shape) + self.batch_shape
-            return self.object_density.sample(shape.numel()).reshape(*shape, 575)
-        return self.object_density.sample(sample_shape)
+        if isinstance(self.object_density, TorchDistribution):
+            return self.object_density.sample(sample_shape)
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self.object_density.sample(shape.numel()).reshape(*shape, 575)
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_odds = self.object_density.log_prob(value)
         if self.clutter is not None:
             log_odds = log_odds - self.clutter.log_prob(value)
-        return self.temperature * log_odds
+        return log_odds / self.temperature
 
 
 class AttentionModel(PyroModule):
-    """The Pyro program: sites ``gaze``, ``hidden`` (h1; h2 is summed out), ``canonical``, ``patch`` in the plate ``scene``.
+    """The Pyro program: sites ``gaze``, ``hidden`` (h1; h2 is summed out), ``canonical``, ``patch``; plate ``scene``.
 
-    Called with pictures (a `Pyramid`, or a list of ``(height, width)`` tensors in [0, 1], from which one is built at every call).
+    Called with pictures (a `Pyramid`, or a list of ``(height, width)`` tensors in [0, 1], from which one is built at
+    every call).
 
     Args:
         dbn: prior over canonical images, in density coordinates.
         clutter: density of patches that are not the object; None for the paper's likelihood.
         noise: σ of the likelihood, in normalised intensities.
-        temperature: on the log-odds; fitted on validation and recorded, 1 until then.
+        temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
         prior_options: keyword arguments of the gaze prior.
         latent: which density the program is:
 
-            * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC refuses.
+            * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC
+            refuses.
             * ``"given_hidden"``: p(u, v, I | h) with ``hidden`` observed at the call's `hidden` (default: what the DBN
               recognises in its mean image). Gaze and canonical are continuous: stock HMC and NUTS run.
-            * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one Student-t with
-              the DBN's own covariance, seen through the noise (`NoisyDensity`). Stock HMC and NUTS run.
+            * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one
+              Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`). Stock HMC and NUTS
+              run.
 
     Convention: gazes as `foveate.model.gaze`; canonical images and patches are density coordinates ``(scene, 575)``.
     """
@@ -139,6 +145,10 @@ class AttentionModel(PyroModule):
         self.dbn = dbn
         self.clutter = clutter
         self.noise, self.temperature = noise, temperature
+        # What the prior has to beat, fitted on the same crops: kept with the model so that every evaluation can say so.
+        self.baselines = torch.nn.ModuleDict(
+            {name: EllipticalDensity.blank(dbn.core.dimension) for name in ("gaussian", "student_t")}
+        )
         self.gaze_prior, self.prior_options, self.latent = gaze_prior, dict(prior_options or {}), latent
 
     @property
@@ -154,7 +164,7 @@ class AttentionModel(PyroModule):
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
         """The same model (shared parameters) as another of its densities."""
-        return AttentionModel(
+        other = AttentionModel(
             self.dbn,
             self.clutter,
             noise=self.noise,
@@ -163,11 +173,14 @@ class AttentionModel(PyroModule):
             prior_options=self.prior_options,
             latent=latent,
         )
+        other.baselines = self.baselines
+        return other
 
     def prior(self, size: Tensor) -> gazes.GazePrior | gazes.FlatGazePrior:
         """Prior over gazes for pictures of `size` ``(..., 2)`` holding height and width."""
+        options: dict[str, Any] = self.prior_options
         kind = gazes.GazePrior if self.gaze_prior == "proper" else gazes.FlatGazePrior
-        return kind(size, **self.prior_options)
+        return kind(size, **options)
 
     def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:
         """Object and clutter densities of y in the collapsed form, both seen through the noise."""
@@ -177,7 +190,9 @@ class AttentionModel(PyroModule):
     def log_odds(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
         """Collapsed log-odds (nats, with the temperature) of patches in [0, 1]."""
         dense_object, dense_clutter = self.marginal_densities()
-        return SceneLikelihood(dense_object, dense_clutter, self.temperature, patch.shape[:-2]).log_prob(density_coordinates(patch))
+        return SceneLikelihood(dense_object, dense_clutter, self.temperature, patch.shape[:-2]).log_prob(
+            density_coordinates(patch)
+        )
 
     def recognised_hidden(self) -> Float[Tensor, "hidden"]:
         """The h1 that the recognition posterior thinks most likely for the mean canonical image."""

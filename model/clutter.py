@@ -1,4 +1,4 @@
-"""Clutter: the density of patches that are not the object, against which a gaze's patch is scored (`paper.md`-free form: docs/explanation/model.md)."""
+"""Clutter: the density of patches that are not the object, against which the patch at a gaze is scored."""
 
 import math
 
@@ -15,8 +15,8 @@ __all__ = ["ClutterModel", "NoisyDensity"]
 class NoisyDensity(EllipticalDensity):
     """An elliptical density of density coordinates seen through noise: the covariance of `core` plus ``noise² I``.
 
-    With a Student-t core this is the named closed-form surrogate of the model's ``latent="collapsed"``: the core and the noise
-    share one latent scale. With a Gaussian core it is the exact convolution.
+    With a Student-t core this is the named closed-form surrogate of the model's ``latent="collapsed"``: the core and
+    the noise share one latent scale. With a Gaussian core it is the exact convolution.
     """
 
     @classmethod
@@ -24,16 +24,16 @@ class NoisyDensity(EllipticalDensity):
         """`core` seen through noise of standard deviation `noise` (normalised intensities)."""
         if noise < 0:
             raise InputError(f"noise {noise}: a standard deviation is at least 0")
-        density = cls.blank(core.dimension, core.mean.dtype)
+        density = cls(core.mean, torch.eye(core.dimension, dtype=core.mean.dtype, device=core.mean.device))
         density.load_state_dict({**core.state_dict(), "variances": core.variances + noise**2})
-        return density.to(core.mean.device)
+        return density
 
 
 class ClutterModel(nn.Module):
     """Density of the coordinates y of patches read at gazes that show no object: one Student-t.
 
-    It approximates the marginal of y under pictures of clutter whatever the scale and place of the gaze, and says so: the
-    odds of the scene are proper only as far as it is right.
+    It approximates the marginal of y under pictures of clutter whatever the scale and place of the gaze, and says so:
+    the odds of the scene are proper only as far as it is right.
     """
 
     def __init__(self, density: EllipticalDensity):

@@ -1,9 +1,9 @@
-"""Gazes: 2D similarity transforms from canonical to scene coordinates, their algebra, charts and priors (Tang et al. 2014, sec. 3).
+"""Gazes, similarities from canonical to scene coordinates: their algebra, charts and priors (Tang et al. 2014, sec. 3).
 
 Convention (the whole module): a gaze is a tensor ``(..., 4)`` holding ``(a, b, tx, ty)``; it maps the canonical point
-``(px, py)`` to the scene point ``(a px - b py + tx, b px + a py + ty)``. Scene pixels: x right, y down, pixel centres at
-integers. Canonical pixels: centred on the patch, ``-11.5 ... 11.5``, the patch covers ``[-12, 12]²``. Scale
-``s = sqrt(a² + b²)`` is in scene pixels per canonical pixel, rotation ``atan2(b, a)`` in radians (x axis towards y axis).
+``(px, py)`` to the scene point ``(a px - b py + tx, b px + a py + ty)``. Scene pixels: x right, y down, pixel centres
+at integers. Canonical pixels: centred on the patch, ``-11.5 ... 11.5``, the patch covers ``[-12, 12]²``. Scale ``s =
+sqrt(a² + b²)`` is in scene pixels per canonical pixel, rotation ``atan2(b, a)`` in radians (x axis towards y axis).
 """
 
 import math
@@ -41,7 +41,13 @@ FACE_LANDMARKS = ((-5.0, -3.0), (5.0, -3.0), (0.0, 7.0))
 
 
 class GazeParts(NamedTuple):
-    """A gaze taken apart: ``centre (..., 2)`` scene pixels, ``scale (...)`` scene px per canonical px, ``rotation (...)`` radians."""
+    """A gaze taken apart.
+
+    Attributes:
+        centre: ``(..., 2)`` scene pixels.
+        scale: ``(...)`` scene pixels per canonical pixel.
+        rotation: ``(...)`` radians.
+    """
 
     centre: Tensor
     scale: Tensor
@@ -61,7 +67,7 @@ def compose(outer: Float[Tensor, "*#batch 4"], inner: Float[Tensor, "*#batch 4"]
 
 
 def inverse(gaze: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
-    """The gaze that undoes `gaze`: scene to canonical coordinates. A gaze of scale 0 has none (infinities come back)."""
+    """The gaze that undoes `gaze`: scene to canonical. A scale of 0 has no inverse: what comes back is not finite."""
     a, b, tx, ty = gaze.unbind(-1)
     square = a * a + b * b
     c, d = a / square, -b / square
@@ -124,9 +130,11 @@ def lattice(
     Args:
         size: points along a side, or ``(rows, columns)``.
         extent: the width (all columns) in canonical patches.
+        dtype: of the points.
+        device: of the points.
 
-    Convention: centred on the patch; the step is ``24 extent / columns`` canonical pixels both ways, outermost points half a
-    step inside.
+    Convention: centred on the patch; the step is ``24 extent / columns`` canonical pixels both ways, outermost points
+    half a step inside.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     step = CANONICAL_SIZE * extent / columns
@@ -137,7 +145,7 @@ def lattice(
 
 
 def corners(gaze: Float[Tensor, "*batch 4"], extent: float = 1.0) -> Float[Tensor, "*batch 4 2"]:
-    """The four scene corners of the patch's outline ``[-12, 12]²·extent``, clockwise on the screen from the top left."""
+    """Scene corners of the patch's outline ``[-12, 12]² · extent``, clockwise on the screen from the top left."""
     h = CANONICAL_SIZE / 2 * extent
     square = torch.tensor([[-h, -h], [h, -h], [h, h], [-h, h]], dtype=gaze.dtype, device=gaze.device)
     return apply(gaze[..., None, :], square)
@@ -152,8 +160,8 @@ def inside(gaze: Float[Tensor, "*batch 4"], height: int, width: int) -> Bool[Ten
 def overlap(first: Float[Tensor, "*#batch 4"], second: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """Intersection over union of the two 24×24 squares that two gazes put on the scene, exact, in [0, 1].
 
-    Convention: the squares are those of `corners`. Leading dimensions broadcast. Computed in the first square's own frame,
-    where it is the unit square, so that float32 does not lose the area of a small patch far from the origin.
+    Convention: the squares are those of `corners`. Leading dimensions broadcast. Computed in the first square's own
+    frame, where it is the unit square, so that float32 does not lose the area of a small patch far from the origin.
     """
     first, second = torch.broadcast_tensors(first, second)
     dtype = first.dtype
@@ -162,7 +170,8 @@ def overlap(first: Float[Tensor, "*#batch 4"], second: Float[Tensor, "*#batch 4"
     unit = corners(identity(torch.float64, first.device)) / (CANONICAL_SIZE / 2)
     unit = unit.expand_as(moved)
     tolerance = 1e-9
-    # The intersection of two convex polygons is the hull of: corners of each inside the other, and crossings of their edges.
+    # The intersection of two convex polygons is the hull of: corners of each inside the other, and crossings of their
+    # edges.
     back = apply(inverse(relative)[..., None, :], unit * (CANONICAL_SIZE / 2)) / (CANONICAL_SIZE / 2)
     unit_in = (back.abs() <= 1 + tolerance).all(-1)
     moved_in = (moved.abs() <= 1 + tolerance).all(-1)
@@ -196,20 +205,25 @@ def overlap(first: Float[Tensor, "*#batch 4"], second: Float[Tensor, "*#batch 4"
 class LocalChart:
     """Coordinates ``z (..., 4)`` of gazes near a base gaze: ``u = base ∘ δ(z)``.
 
-    ``δ(z)`` has centre ``(scales[0] z1, scales[1] z2)`` in the base's own canonical pixels, scale ``exp(scales[2] z3)`` and
-    rotation ``scales[3] z4`` radians, so z = 0 is the base itself. The default scales make unit steps comparable for HMC.
+    ``δ(z)`` has centre ``(scales[0] z1, scales[1] z2)`` in the base's own canonical pixels, scale ``exp(scales[2]
+    z3)`` and rotation ``scales[3] z4`` radians, so z = 0 is the base itself. The default scales make unit steps
+    comparable for HMC.
 
     Convention: as `foveate.model.gaze`; `base` broadcasts against ``z``'s leading dimensions.
     """
 
-    def __init__(self, base: Float[Tensor, "*batch 4"], scales: tuple[float, float, float, float] = (1.0, 1.0, 0.125, 0.125)):
+    def __init__(
+        self, base: Float[Tensor, "*batch 4"], scales: tuple[float, float, float, float] = (1.0, 1.0, 0.125, 0.125)
+    ):
         self.base = base
         self.scales = scales
 
     def to_gaze(self, z: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
         """Chart coordinates to gazes."""
         k = self.scales
-        change = from_parts(torch.stack([k[0] * z[..., 0], k[1] * z[..., 1]], -1), torch.exp(k[2] * z[..., 2]), k[3] * z[..., 3])
+        change = from_parts(
+            torch.stack([k[0] * z[..., 0], k[1] * z[..., 1]], -1), torch.exp(k[2] * z[..., 2]), k[3] * z[..., 3]
+        )
         return compose(self.base, change)
 
     def to_chart(self, gaze: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
@@ -221,7 +235,7 @@ class LocalChart:
     def log_det(self, z: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
         r"""Log of \|∂(a, b, tx, ty)/∂z\|: add it to a log density over (a, b, tx, ty) to have the density over z.
 
-        ``da db = s² dlog s dθ`` and the offsets are in the base's pixels, another ``s₀²`` (``paper.md`` conventions):
+        ``da db = s² dlog s dθ`` and the offsets are in the base's own pixels, another ``s₀²``:
         :math:`4\log s_0 + 2 k_3 z_3 + \sum_i \log k_i`.
         """
         base_log_scale = torch.log(self.base[..., 0] ** 2 + self.base[..., 1] ** 2) / 2
@@ -231,10 +245,10 @@ class LocalChart:
 class GazePrior(TorchDistribution):
     r"""A proper prior over gazes, given the size of each picture; a density over ``(a, b, tx, ty)``.
 
-    The centre is uniform over the picture with logistic edges of width `edge` × shorter side (uniform plus logistic noise, so
-    the density is smooth and HMC meets no wall); ``log s`` is normal about ``log(typical × shorter side / 24)`` with sd
-    `log_scale_sd`; the rotation is a wrapped normal about 0 with sd `rotation_sd`. With s and θ in polar form the density over
-    (a, b) carries ``1/s²``.
+    The centre is uniform over the picture with logistic edges of width `edge` × shorter side (uniform plus logistic
+    noise, so the density is smooth and HMC meets no wall); ``log s`` is normal about ``log(typical × shorter side /
+    24)`` with sd `log_scale_sd`; the rotation is a wrapped normal about 0 with sd `rotation_sd`. With s and θ in
+    polar form the density over (a, b) carries ``1/s²``.
 
     Args:
         size: ``(..., 2)`` holding (height, width) of each picture in pixels; its leading shape is the batch shape.
@@ -244,8 +258,8 @@ class GazePrior(TorchDistribution):
         edge: width of the logistic edge as a share of the shorter side.
     """
 
-    arg_constraints = {}
-    support = constraints.real_vector
+    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
+    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
     has_rsample = False
 
     def __init__(
@@ -286,7 +300,8 @@ class GazePrior(TorchDistribution):
         w = (self.edge * shorter)[..., None]
         extent = self.size.flip(-1)
         low, high = (centre + 0.5) / w, (centre + 0.5 - extent) / w
-        # log[(σ(low) - σ(high)) / extent], written with logsigmoids so that it keeps its gradient far outside the picture.
+        # log[(σ(low) - σ(high)) / extent], written with logsigmoids so that it keeps its gradient far outside the
+        # picture.
         position = (
             torch.nn.functional.logsigmoid(low)
             + torch.nn.functional.logsigmoid(-high)
@@ -312,7 +327,7 @@ class FlatGazePrior(TorchDistribution):
         largest: largest patch width as a share of the shorter side.
     """
 
-    arg_constraints = {}
+    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
     has_rsample = False
 
     def __init__(self, size: Float[Tensor, "*batch 2"], largest: float = 1.5, validate_args: bool | None = None):

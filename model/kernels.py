@@ -1,28 +1,16 @@
-"""Compiled loops (numba) over packed pyramids: the fast twins of plain PyTorch code, for the CPU; imported only when used."""
+"""Compiled loops (numba) over packed pyramids: fast twins of plain PyTorch code for the CPU."""
 
 import math
+from typing import no_type_check
 
 import numba
-import numpy as np
 
 __all__ = ["extract_patches"]
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract", "arcp", "nsz"})
-def extract_patches(
-    texels: np.ndarray,
-    offset: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    stride: np.ndarray,
-    size: np.ndarray,
-    gaze: np.ndarray,
-    scene: np.ndarray,
-    points_y: int,
-    points_x: int,
-    step: float,
-    out: np.ndarray,
-) -> None:
+@no_type_check
+def extract_patches(texels, offset, rows, columns, stride, size, gaze, scene, points_y, points_x, step, out):
     """Fill ``out (n, points_y · points_x)`` with the patches of ``gaze (n, 4)`` on scenes ``scene (n,)``.
 
     Convention: as `foveate.model.patch`; `step` is the lattice step in canonical pixels.

@@ -1,15 +1,16 @@
-r"""Patches x(u): anti-aliased extraction from scene pyramids of any sizes, and the normalised density coordinates of a patch.
+r"""Patches x(u): anti-aliased extraction from packed scenes of any sizes, and the density coordinates of a patch.
 
-Convention (the whole module): scene pixel (x right, y down), centres at integers; canonical pixels centred on the patch; a gaze
-``(a, b, tx, ty)`` maps canonical to scene (`foveate.model.gaze`). Intensities in [0, 1]. Level k of a scene is the scene
-blurred by a Gaussian of sd ``0.5 · 2^{k/2}`` scene pixels (k = 1 … 12, level 0 is the scene; edges replicated, kernel cut
-at 4 sd). A lattice of step ``q`` canonical pixels under a gaze of scale s reads at ``l = max(0, 2 log2(s q))`` by linear
-interpolation between levels floor(l) and floor(l) + 1, bilinear within a level, edges replicated: x(u) is continuous in u.
+Convention (the whole module): scene pixel (x right, y down), centres at integers; canonical pixels centred on the
+patch; a gaze ``(a, b, tx, ty)`` maps canonical to scene (`foveate.model.gaze`). Intensities in [0, 1]. Level k of a
+scene is the scene blurred by a Gaussian of sd ``0.5 · 2^{k/2}`` scene pixels (k = 1 … 12, level 0 is the scene; edges
+replicated, kernel cut at 4 sd). A lattice of step ``q`` canonical pixels under a gaze of scale s reads at ``l =
+max(0, 2 log2(s q))`` by linear interpolation between levels floor(l) and floor(l) + 1, bilinear within a level, edges
+replicated: x(u) is continuous in u.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,13 @@ class Pyramid:
         texels: ``(total,)`` all levels of all scenes, row-major, one after the other.
         offset: ``(scene, level)`` where a level begins in `texels`.
         rows, columns: ``(scene, level)`` size of a level in its own samples.
-        stride: ``(scene, level)`` scene pixels from one sample to the next; sample j lies at scene pixel ``j · stride``.
+        stride: ``(scene, level)`` scene pixels from one sample to the next; sample j lies at scene pixel ``j ·
+            stride``.
         size: ``(scene, 2)`` height and width of the scenes in pixels.
 
     Convention: as the module. With ``oversampling=None`` every level keeps one sample a pixel and extraction equals the
-    definition; with ``oversampling=r`` a level of blur sd σ keeps one sample every ``2^⌊log2(σ/r)⌋`` pixels (at least 1), which
-    differs from the definition only by the curvature of an image already blurred by r samples.
+    definition; with ``oversampling=r`` a level of blur sd σ keeps one sample every ``2^⌊log2(σ/r)⌋`` pixels (at least
+    1), which differs from the definition only by the curvature of an image already blurred by r samples.
     """
 
     def __init__(self, texels: Tensor, offset: Tensor, rows: Tensor, columns: Tensor, stride: Tensor, size: Tensor):
@@ -69,8 +71,9 @@ class Pyramid:
         Args:
             pictures: tensors ``(height, width)`` in [0, 1], of any sizes, on one device.
             oversampling: samples kept per blur sd, or None for one sample a pixel at every level.
-            smallest: patch width as a share of a picture's shorter side below which nothing will be read sharply: levels finer
-                than such a patch needs are not built and read as the finest that is. It bounds the memory of large photographs.
+            smallest: patch width as a share of a picture's shorter side below which nothing will be read sharply:
+                levels finer than such a patch needs are not built and read as the finest that is. It bounds the
+                memory of large photographs.
             dtype: of the texels; the pictures' own by default.
         """
         if len(pictures) == 0:
@@ -80,7 +83,9 @@ class Pyramid:
         begin = 0
         for i, picture in enumerate(pictures):
             if picture.ndim != 2 or min(picture.shape) < 2:
-                raise InputError(f"picture {i} has shape {tuple(picture.shape)}: needed is (height, width), both at least 2")
+                raise InputError(
+                    f"picture {i} has shape {tuple(picture.shape)}: needed is (height, width), both at least 2"
+                )
             picture = picture.to(dtype or picture.dtype)
             finest = math.floor(_level(smallest * min(picture.shape) / gazes.CANONICAL_SIZE))
             for k in range(finest, LEVELS + 1):
@@ -95,6 +100,14 @@ class Pyramid:
         size = torch.tensor([list(p.shape) for p in pictures], dtype=torch.int64, device=device)
         return cls(torch.cat(blocks), offset, rows, columns, stride, size)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Pyramid"]) -> "Pyramid":
+        """The scenes of several pyramids, one after the other, in one buffer."""
+        lengths = torch.tensor([0] + [p.texels.numel() for p in parts[:-1]]).cumsum(0)
+        shifted = [p.offset + begin for p, begin in zip(parts, lengths.to(parts[0].offset.device), strict=True)]
+        tables = [torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "columns", "stride", "size")]
+        return cls(torch.cat([p.texels for p in parts]), torch.cat(shifted), *tables)
+
     def __len__(self) -> int:
         return self.size.shape[0]
 
@@ -102,12 +115,19 @@ class Pyramid:
         """The scenes of `index`, sharing this pyramid's texels."""
         if isinstance(index, int):
             index = [index]
-        pick: Any = index if isinstance(index, (slice, Tensor)) else torch.as_tensor(list(index), device=self.size.device)
-        return Pyramid(self.texels, self.offset[pick], self.rows[pick], self.columns[pick], self.stride[pick], self.size[pick])
+        pick: Any = (
+            index if isinstance(index, (slice, Tensor)) else torch.as_tensor(list(index), device=self.size.device)
+        )
+        return Pyramid(
+            self.texels, self.offset[pick], self.rows[pick], self.columns[pick], self.stride[pick], self.size[pick]
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pyramid":
         """The same pyramid with its texels in another dtype or on another device."""
-        tables = [t.to(device) if device is not None else t for t in (self.offset, self.rows, self.columns, self.stride, self.size)]
+        tables = [
+            t.to(device) if device is not None else t
+            for t in (self.offset, self.rows, self.columns, self.stride, self.size)
+        ]
         return Pyramid(self.texels.to(device=device, dtype=dtype), *tables)
 
     def extract(
@@ -129,7 +149,9 @@ class Pyramid:
         """
         if scene is None:
             if gaze.ndim < 2 or gaze.shape[0] != len(self):
-                raise InputError(f"gazes of shape {tuple(gaze.shape)} do not match {len(self)} scenes: needed is (scene, ..., 4)")
+                raise InputError(
+                    f"gazes of shape {tuple(gaze.shape)} do not match {len(self)} scenes: needed is (scene, ..., 4)"
+                )
             scene = torch.arange(len(self), device=gaze.device)
         flat = gaze.reshape(gaze.shape[0], -1, 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
@@ -175,13 +197,20 @@ class Pyramid:
         from foveate.model.kernels import extract_patches
 
         # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
-        out = np.empty((gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32)
+        out = np.empty(
+            (gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32
+        )
         extract_patches(
             self.texels.detach().numpy(),
-            *(t.numpy() for t in (self.offset, self.rows, self.columns, self.stride, self.size)),
+            self.offset.numpy(),
+            self.rows.numpy(),
+            self.columns.numpy(),
+            self.stride.numpy(),
+            self.size.numpy(),
             gaze.detach().double().contiguous().numpy(),
             scene.contiguous().numpy(),
-            *size,
+            size[0],
+            size[1],
             gazes.CANONICAL_SIZE * extent / size[1],
             out,
         )
@@ -197,14 +226,14 @@ def extract(
     """The patches that gazes put into the canonical frame, ``(scene, ..., 4) -> (scene, ..., size, size)``.
 
     Args:
-        pictures: a list of ``(height, width)`` tensors in [0, 1] of any sizes, a ``(scene, height, width)`` tensor, or a `Pyramid`.
-            One ``(height, width)`` picture takes gazes ``(..., 4)`` with no scene dimension.
+        pictures: a list of ``(height, width)`` tensors in [0, 1] of any sizes, a ``(scene, height, width)`` tensor,
+            or a `Pyramid`. One ``(height, width)`` picture takes gazes ``(..., 4)`` with no scene dimension.
         gaze: canonical to scene, ``(scene, ..., 4)``.
         size: lattice points along a side.
         extent: width of the lattice in canonical patches (1: the patch, 3: the guide's window).
 
-    Convention: as `foveate.model.patch`; full-resolution levels, so that the value is the definition's (to 1e-5 in float32).
-    Differentiable in `gaze`. Device and dtype follow the pictures.
+    Convention: as `foveate.model.patch`; full-resolution levels, so that the value is the definition's (to 1e-5 in
+    float32). Differentiable in `gaze`. Device and dtype follow the pictures.
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 2:
         return extract([pictures], gaze[None], size, extent)[0]
@@ -221,8 +250,8 @@ def normalise(patch: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*ba
 def density_coordinates(patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch 575"]:
     """The 575 coordinates in which densities are quoted: the normalised patch without its (always zero) mean direction.
 
-    ``y = Bᵀ n`` with B the last 575 columns of the Householder reflection that takes the constant vector to the first axis,
-    applied without forming it. Inverse on normalised patches: `from_density_coordinates`.
+    ``y = Bᵀ n`` with B the last 575 columns of the Householder reflection that takes the constant vector to the first
+    axis, applied without forming it. Inverse on normalised patches: `from_density_coordinates`.
     """
     n = normalise(patch).flatten(-2)
     return _reflect(n)[..., 1:]
@@ -271,7 +300,7 @@ def _blurred(picture: Tensor, level: int, stride: int) -> Tensor:
     return blurred
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(level: int) -> tuple[Tensor, int]:
     sd = 0.5 * 2 ** (level / 2)
     radius = int(4 * sd + 0.5)
