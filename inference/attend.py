@@ -1,0 +1,445 @@
+"""Attending: from pictures to posteriors over the gaze, by a glance, a few looks, and HMC within the modes found."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.infer import HMC, MCMC, NUTS
+from scipy.stats import norm, qmc
+from torch import Tensor
+from tqdm import tqdm
+
+from foveate.inference.glance import propose
+from foveate.inference.guide import CHANGE_SCALES, GazeGuide
+from foveate.inference.hmc import sample_batch
+from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
+from foveate.inference.posterior import Posterior
+from foveate.inference.potential import GazePotential, OddsScore, PatchScore
+from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
+from foveate.model.errors import InputError
+from foveate.model.patch import PIXELS, Pyramid, density_coordinates
+
+__all__ = ["CanonicalScore", "Candidates", "attend", "attend_batches", "search"]
+
+# Proposals followed per scene; end points that overlap by more than MERGE are one mode.
+PROPOSALS, MERGE = 8, 0.3
+# Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
+POINTS, SPREAD = 64, 1.5
+# The guide's sds, in chart units, are kept within these when they set the width of a mode.
+SD_RANGE = (0.1, 4.0)
+# The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
+SMALLEST = 0.07
+
+Kernel = Literal["batched", "hmc", "nuts"]
+
+
+class Candidates(NamedTuple):
+    """Modes of every scene before any sampling, best first.
+
+    Attributes:
+        gaze: ``(scene, mode, 4)`` end points, scene pixels.
+        sd: ``(scene, mode, 4)`` the guide's sds in the units of `LocalChart` at the end point.
+        features: ``(scene, mode, 3)`` integrated log-odds, glance logit, presence logit.
+        log_weight: ``(scene, mode)`` log-weight against "no object"; -inf where there is no further mode.
+        path: ``(scene, step, 4)`` how the best one came about: start, then one gaze a step.
+    """
+
+    gaze: Tensor
+    sd: Tensor
+    features: Tensor
+    log_weight: Tensor
+    path: Tensor
+
+
+class CanonicalScore:
+    r"""Minus the log-odds of a patch for one particular object: ``N(y(u); y(v), σ² I)`` against clutter.
+
+    Args:
+        target: ``(gaze, 575)`` density coordinates of v, a row for every gaze that is scored.
+        noise: σ.
+        clutter: an `EllipticalDensity`, or None for the paper's likelihood.
+        temperature: divides the log-odds.
+    """
+
+    def __init__(self, target: Float[Tensor, "gaze 575"], noise: float, clutter: Any, temperature: float):
+        self.target, self.noise, self.clutter, self.temperature = target, noise, clutter, temperature
+
+    def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Energies, differentiable in the patch; the leading dimensions, flattened, are the rows of the target."""
+        y = density_coordinates(patch)
+        target = self.target.reshape(*y.shape[:-1], -1) if self.target.shape[0] == y.shape[:-1].numel() else self.target
+        log_odds = -0.5 * ((y - target.to(y)) / self.noise).square().sum(-1) - y.shape[-1] * math.log(
+            self.noise * math.sqrt(2 * math.pi)
+        )
+        if self.clutter is not None:
+            log_odds = log_odds - self.clutter.log_prob(y)
+        return -log_odds / self.temperature
+
+    def energy_and_slope(self, patch: Float[Tensor, "gaze 576"]) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
+        """Energies and their derivatives by the patch, by autograd."""
+        with torch.enable_grad():
+            flat = patch.detach().requires_grad_(True)
+            energy = self.energy(flat.unflatten(-1, (gazes.CANONICAL_SIZE, gazes.CANONICAL_SIZE)))
+            (slope,) = torch.autograd.grad(energy.sum(), flat)
+        return energy.detach(), slope
+
+
+class _GuidedPotential:
+    """A gaze potential times the guide's belief about the gaze as a prior p(u | I): a Gaussian about the chart's origin."""
+
+    def __init__(self, potential: GazePotential, sd: Tensor, weight: float):
+        self.potential, self.precision = potential, weight / sd.square()
+
+    def energy(self, z: Tensor) -> Tensor:
+        return self.potential.energy(z) + 0.5 * (self.precision * z * z).sum(-1)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        energy, gradient = self.potential(z)
+        return energy + 0.5 * (self.precision * z * z).sum(-1), gradient + self.precision * z
+
+
+def search(
+    model: AttentionModel,
+    guide: GazeGuide,
+    pyramid: Pyramid,
+    *,
+    start: Float[Tensor, "scene 4"] | None = None,
+    canonical: Float[Tensor, "scene 24 24"] | None = None,
+    steps: int = 4,
+    modes: int = 4,
+) -> Candidates:
+    """Modes of the gaze posterior of every scene: where glances lead the guide, merged and weighed.
+
+    Args:
+        model: scores patches.
+        guide: proposes and moves gazes.
+        pyramid: the scenes.
+        start: initial gazes, the paper's protocol; None searches the whole scene.
+        canonical: v, whom to look for; the mean canonical image by default.
+        steps: looks of the guide.
+        modes: how many modes are kept.
+
+    Convention: gazes in scene pixels, `foveate.model.gaze`.
+    """
+    count = len(pyramid)
+    if start is None:
+        proposals = propose(guide.glance, pyramid, PROPOSALS)
+        first, glance_logit = proposals.gaze.double(), proposals.logit.double()
+    else:
+        first, glance_logit = start.double()[:, None], torch.zeros(count, 1, dtype=torch.float64)
+    k = first.shape[1]
+    scene = torch.arange(count).repeat_interleave(k)
+    if canonical is None:
+        v = model.dbn.to_canonical(model.dbn.core.mean.float()).expand(count * k, -1, -1)
+    else:
+        v = canonical.float().repeat_interleave(k, 0)
+    path = [first]
+    gaze = first.reshape(-1, 4)
+    with torch.no_grad():
+        for _ in range(steps):
+            gaze, _ = guide.step(pyramid, gaze, v, scene)
+            path.append(gaze.reshape(count, k, 4))
+        change = guide.look(pyramid, gaze, v, scene)
+    chart = gaze.new_tensor(gazes.LocalChart(gaze).scales)
+    sd = (change.log_sd.double().exp() * gaze.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE).reshape(count, k, 4)
+    presence = change.presence.double().reshape(count, k)
+    end = gaze.reshape(count, k, 4)
+    odds = integrated_odds(model, pyramid, end, sd, canonical)
+    features = torch.stack([odds, glance_logit, presence], -1)
+    weights = guide.evidence.double()
+    log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
+    log_weight = torch.where(torch.isfinite(glance_logit), log_weight, -math.inf)
+    return _merged(end, sd, features, log_weight, torch.stack(path, 2), modes)
+
+
+def integrated_odds(
+    model: AttentionModel,
+    pyramid: Pyramid,
+    gaze: Float[Tensor, "scene mode 4"],
+    sd: Float[Tensor, "scene mode 4"],
+    canonical: Float[Tensor, "scene 24 24"] | None = None,
+) -> Float[Tensor, "scene mode"]:
+    """Log of the integral of prior × odds over each mode, in nats, by importance sampling.
+
+    The rule is a fixed scrambled Sobol set through a Gaussian of 1.5 × `sd` about the mode, so that the number does not
+    depend on what shares the batch.
+
+    Convention: `sd` is in the units of `LocalChart` at `gaze`.
+    """
+    points = torch.from_numpy(norm.ppf(qmc.Sobol(4, seed=0).random(POINTS).clip(1e-6, 1 - 1e-6)))
+    z = points * (SPREAD * sd)[..., None, :]
+    chart = gazes.LocalChart(gaze[..., None, :])
+    log_q = -0.5 * points.square().sum(-1) - (SPREAD * sd).log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
+    u = chart.to_gaze(z)
+    flat = u.reshape(u.shape[0], -1, 4)
+    score = _score(model, canonical, flat.shape[1])
+    patch = pyramid.extract(flat).reshape(-1, PIXELS)
+    log_odds = -score.energy_and_slope(patch)[0].double().reshape(log_q.shape)
+    size = pyramid.size.double()[:, None, None]
+    log_p = model.prior(size).log_prob(u) + chart.log_det(z) + log_odds
+    return torch.logsumexp(log_p - log_q, -1) - math.log(POINTS)
+
+
+def attend(
+    model: AttentionModel,
+    guide: GazeGuide,
+    pictures: Any,
+    *,
+    chains: int = 4,
+    draws: int = 200,
+    warmup: int = 100,
+    start: Float[Tensor, "scene 4"] | None = None,
+    canonical: Float[Tensor, "scene 24 24"] | None = None,
+    kernel: Kernel = "batched",
+    modes: int = 4,
+    guide_steps: int = 4,
+    seed: int = 0,
+    batch: int = 16,
+    progress: bool = False,
+) -> Posterior:
+    """Where is the object in each picture, and how sure is that: the posterior over the gaze.
+
+    Args:
+        model: the generative model (`latent` does not matter: the gaze is sampled from the collapsed form, canonical images
+            afterwards given the gaze).
+        guide: proposes gazes.
+        pictures: a `Scenes`, or a list of ``(height, width)`` arrays or tensors in [0, 1] of any sizes.
+        chains: per scene, within the heaviest mode.
+        draws: kept per chain.
+        warmup: draws that adapt the step size, not kept.
+        start: ``(scene, 4)`` initial gazes (the paper's protocol); None searches whole scenes.
+        canonical: ``(scene, 24, 24)`` in [0, 1]: whom to look for.
+        kernel: ``"batched"`` (`BatchedHMC`'s algorithm, all scenes and chains at once), or Pyro's own ``"hmc"`` or
+            ``"nuts"``, one chain at a time.
+        modes: how many are kept with weights.
+        guide_steps: looks of the guide before sampling.
+        seed: of every random number; a scene's draws are keyed by its name and do not depend on what shares its batch.
+        batch: scenes that are worked on together; memory grows with it, not with the number of pictures.
+        progress: show a bar.
+
+    Returns:
+        The `Posterior` of all pictures.
+
+    Raises:
+        InputError: for shapes that do not match, an unknown kernel, or a picture with values that are not finite.
+    """
+    parts = list(
+        attend_batches(
+            model, guide, pictures, chains=chains, draws=draws, warmup=warmup, start=start, canonical=canonical, kernel=kernel,
+            modes=modes, guide_steps=guide_steps, seed=seed, batch=batch, progress=progress,
+        )
+    )  # fmt: skip
+    return Posterior.concatenate(parts)
+
+
+def attend_batches(
+    model: AttentionModel,
+    guide: GazeGuide,
+    pictures: Any,
+    *,
+    chains: int = 4,
+    draws: int = 200,
+    warmup: int = 100,
+    start: Float[Tensor, "scene 4"] | None = None,
+    canonical: Float[Tensor, "scene 24 24"] | None = None,
+    kernel: Kernel = "batched",
+    modes: int = 4,
+    guide_steps: int = 4,
+    seed: int = 0,
+    batch: int = 16,
+    progress: bool = False,
+) -> Iterator[Posterior]:
+    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
+    count = len(pictures)
+    _check(count, chains, draws, warmup, start, canonical, kernel)
+    names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
+    guide.eval()
+    with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
+        for begin in range(0, count, batch):
+            rows = range(begin, min(begin + batch, count))
+            read = pictures.pictures(rows) if hasattr(pictures, "pictures") else [_picture(pictures[i], i) for i in rows]
+            pyramid = Pyramid.build(read, oversampling=2.0, smallest=SMALLEST)
+            part = slice(rows.start, rows.stop)
+            v = None if canonical is None else canonical[part]
+            found = search(
+                model, guide, pyramid, start=None if start is None else start[part], canonical=v, steps=guide_steps, modes=modes
+            )
+            settings = {"chains": chains, "draws": draws, "warmup": warmup, "kernel": kernel, "guide_steps": guide_steps, "seed": seed,
+                        "guide_prior": float(guide.prior_weight), "start": "scene" if start is None else "given"}  # fmt: skip
+            yield _sampled(model, guide, pyramid, read, names[part], found, v, settings)
+            bar.update(len(rows))
+
+
+def _sampled(
+    model: AttentionModel,
+    guide: GazeGuide,
+    pyramid: Pyramid,
+    pictures: list[Tensor],
+    names: list[str],
+    found: Candidates,
+    canonical: Tensor | None,
+    settings: dict[str, Any],
+) -> Posterior:
+    """Chains within the heaviest mode of every scene, canonical images given the gazes, and everything put together."""
+    count, chains, draws = len(pyramid), settings["chains"], settings["draws"]
+    streams = stream_keys(names)[:, None] * 1009 + torch.arange(chains)
+    base, sd = found.gaze[:, 0], found.sd[:, 0]
+    weight = float(guide.prior_weight)
+
+    def target_of(rows: slice, per_scene: int) -> Any:
+        """The potential of some scenes, `per_scene` chains each."""
+        part = pyramid[rows]
+        score = _score(model, None if canonical is None else canonical[rows], per_scene)
+        potential = GazePotential(part, gazes.LocalChart(base[rows, None, :]), score, model.prior(part.size.double()))
+        return _GuidedPotential(potential, sd[rows, None, :], weight) if weight > 0 else potential
+
+    noise = KeyedNoise(settings["seed"], streams).normal(Purpose.SEARCH, 0, 1, 4)
+    z0 = torch.as_tensor(np.asarray(noise)).reshape(count, chains, 4).double() * (0.5 * sd[:, None, :]).clamp(max=1.0)
+    if settings["kernel"] == "batched":
+        z, statistics = sample_batch(
+            target_of(slice(0, count), chains), z0, num_samples=draws, warmup_steps=settings["warmup"], seed=settings["seed"], streams=streams,
+            step_size=0.3, trajectory_length=1.6, max_num_steps=24,
+        )  # fmt: skip
+        recorded = {k: torch.as_tensor(v) for k, v in statistics._asdict().items()}
+    else:
+        z, recorded = _stock(target_of, z0, settings, streams)
+    draws_gaze = gazes.LocalChart(base[:, None, None, :]).to_gaze(z)
+    mean = draws_gaze.mean((1, 2))
+    kept = max(1, draws // 10)
+    thinned = draws_gaze[:, :, kept - 1 :: kept]
+    pictures_v = _canonical_draws(model, pyramid, thinned, canonical, settings["seed"], streams)
+    weights = torch.softmax(found.log_weight, -1)
+    return Posterior(
+        gaze=draws_gaze,
+        statistics=recorded,
+        modes=torch.where(torch.isfinite(found.log_weight)[..., None], found.gaze, math.nan),
+        weights=torch.where(torch.isfinite(found.log_weight), weights, 0.0),
+        presence=torch.sigmoid(torch.logsumexp(found.log_weight, -1)),
+        path=torch.cat([found.path, mean[:, None]], 1),
+        canonical=pictures_v.mean((1, 2)),
+        canonical_draws=pictures_v,
+        patch=pyramid.extract(mean[:, None])[:, 0].float(),
+        names=names,
+        hashes=[hashlib.sha256(p.float().contiguous().numpy().tobytes()).hexdigest()[:16] for p in pictures],
+        sizes=pyramid.size.clone(),
+        settings=settings,
+    )
+
+
+def _score(model: AttentionModel, canonical: Tensor | None, per_scene: int) -> PatchScore:
+    """Energy of patches: the collapsed odds, or the odds of one given canonical image (a row for each gaze)."""
+    dense_object, dense_clutter = model.marginal_densities()
+    if canonical is not None:
+        target = density_coordinates(canonical).repeat_interleave(per_scene, 0)
+        return CanonicalScore(target, model.noise, dense_clutter, model.temperature)
+    if dense_clutter is None:
+        raise InputError("attending needs a clutter model: without one the likelihood prefers blank walls (fit the model with clutter)")
+    return OddsScore(dense_object, dense_clutter, model.temperature)
+
+
+def _canonical_draws(
+    model: AttentionModel, pyramid: Pyramid, gaze: Tensor, canonical: Tensor | None, seed: int, streams: Tensor, sweeps: int = 3
+) -> Tensor:
+    """v given the gaze by Gibbs (v, then h1), ``(scene, chain, kept, 4) -> (scene, chain, kept, 24, 24)`` in [0, 1]."""
+    patch = pyramid.extract(gaze).float()
+    if canonical is not None:
+        return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
+    observed = density_coordinates(patch)
+    drawn = []
+    for i in range(len(observed)):
+        # A generator for every scene: what is drawn for one does not depend on the others.
+        generator = torch.Generator().manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
+        v = observed[i]
+        h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
+        for _ in range(sweeps):
+            v = model.dbn.gibbs_canonical(observed[i], model.noise, v, h, generator)
+            h = model.dbn.gibbs_hidden(v, h, generator, update="recognition")
+        drawn.append(v)
+    mean, sd = patch.mean((-2, -1), keepdim=True), patch.flatten(-2).std(-1)[..., None, None]
+    normalised = (model.dbn.to_canonical(torch.stack(drawn), brightness=0.5, contrast=0.1) - 0.5) / 0.1
+    return (mean + sd * normalised).clamp(0, 1)
+
+
+def _stock(target_of: Callable[[slice, int], Any], z0: Tensor, settings: dict[str, Any], streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pyro's own kernels, one scene and one chain at a time (the only way they have)."""
+    count, chains = z0.shape[:2]
+    draws = torch.empty(count, chains, settings["draws"], 4, dtype=z0.dtype)
+    lp = torch.empty(count, chains, settings["draws"], dtype=z0.dtype)
+    diverging = torch.zeros(count, chains, settings["draws"], dtype=torch.bool)
+    for i in range(count):
+        potential = target_of(slice(i, i + 1), 1)
+
+        def energy(params: dict[str, Tensor], potential: Any = potential) -> Tensor:
+            return potential.energy(params["z"][None, None])[0, 0]
+
+        for c in range(chains):
+            pyro.set_rng_seed((int(streams[i, c]) + settings["seed"]) % 2**31)
+            single = {"potential_fn": energy, "adapt_mass_matrix": False}
+            stock = (
+                HMC(step_size=0.3, trajectory_length=1.6, **single)
+                if settings["kernel"] == "hmc"
+                else NUTS(step_size=0.3, max_tree_depth=6, **single)
+            )
+            mcmc = MCMC(
+                stock, num_samples=settings["draws"], warmup_steps=settings["warmup"], initial_params={"z": z0[i, c].clone()},
+                disable_progbar=True,
+            )  # fmt: skip
+            mcmc.run()
+            draws[i, c] = mcmc.get_samples()["z"]
+            diverging[i, c, mcmc.diagnostics()["divergences"]["chain 0"]] = True
+            with torch.no_grad():
+                lp[i, c] = torch.stack([-energy({"z": z}) for z in draws[i, c]])
+    return draws, {"lp": lp, "diverging": diverging}
+
+
+def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path: Tensor, modes: int) -> Candidates:
+    """End points that overlap become one mode (the heaviest stands for it); best first, padded to `modes`."""
+    count, k = log_weight.shape
+    overlap = gazes.overlap(end[:, :, None], end[:, None, :]) > MERGE
+    order = log_weight.argsort(-1, descending=True)
+    chosen = torch.zeros(count, modes, dtype=torch.int64)
+    valid = torch.zeros(count, modes, dtype=torch.bool)
+    for i in range(count):
+        kept: list[int] = []
+        for j in order[i].tolist():
+            if len(kept) < modes and math.isfinite(float(log_weight[i, j])) and not bool(overlap[i, j, kept].any()):
+                kept.append(j)
+        chosen[i, : len(kept)] = torch.tensor(kept)
+        valid[i, : len(kept)] = True
+
+    def pick(values: Tensor) -> Tensor:
+        return torch.stack([values[i, chosen[i]] for i in range(count)])
+
+    weight = torch.where(valid, pick(log_weight), -math.inf)
+    return Candidates(pick(end), pick(sd), pick(features), weight, pick(path)[:, 0])
+
+
+def _check(count: int, chains: int, draws: int, warmup: int, start: Any, canonical: Any, kernel: str) -> None:
+    if count == 0:
+        raise InputError("no pictures to attend to: give at least one")
+    if chains < 1 or draws < 1 or warmup < 0:
+        raise InputError(f"chains={chains}, draws={draws}, warmup={warmup}: at least 1, 1 and 0 are needed")
+    if kernel not in ("batched", "hmc", "nuts"):
+        raise InputError(f"kernel={kernel!r}: one of 'batched', 'hmc', 'nuts'")
+    if start is not None and tuple(start.shape) != (count, 4):
+        raise InputError(f"start has shape {tuple(start.shape)}: needed is one gaze a picture, ({count}, 4)")
+    if start is not None and not (bool(torch.isfinite(start).all()) and bool((start[:, :2].norm(dim=-1) > 0).all())):
+        raise InputError("start holds a gaze that is not finite or of scale 0: give (a, b, tx, ty) with a² + b² > 0")
+    if canonical is not None and tuple(canonical.shape) != (count, 24, 24):
+        raise InputError(f"canonical has shape {tuple(canonical.shape)}: needed is one image a picture, ({count}, 24, 24)")
+
+
+def _picture(picture: Any, index: int) -> Tensor:
+    tensor = torch.as_tensor(picture)
+    if tensor.ndim != 2 or min(tensor.shape) < 2:
+        raise InputError(f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]")
+    tensor = tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")
+    return tensor
