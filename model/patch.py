@@ -65,6 +65,7 @@ class Pyramid:
         oversampling: float | None = 2.0,
         smallest: float = 0.0,
         dtype: torch.dtype | None = None,
+        levels: tuple[int, int] | None = None,
     ) -> "Pyramid":
         """Blur every picture to every level.
 
@@ -75,6 +76,8 @@ class Pyramid:
                 levels finer than such a patch needs are not built and read as the finest that is. It bounds the
                 memory of large photographs.
             dtype: of the texels; the pictures' own by default.
+            levels: build the first to the last of these alone, in place of what `smallest` says; levels outside read as
+                the nearest one.
         """
         if len(pictures) == 0:
             raise InputError("a pyramid needs at least one picture, got an empty list")
@@ -88,13 +91,15 @@ class Pyramid:
                 )
             picture = picture.to(dtype or picture.dtype)
             finest = math.floor(_level(smallest * min(picture.shape) / gazes.CANONICAL_SIZE))
-            for k in range(finest, LEVELS + 1):
+            finest, coarsest = levels or (finest, LEVELS)
+            for k in range(finest, coarsest + 1):
                 step = _stride(k, oversampling)
                 block = _blurred(picture, k, step)
                 table[:, i, k] = begin, block.shape[0], block.shape[1], step
                 blocks.append(block.reshape(-1))
                 begin += block.numel()
             table[:, i, :finest] = table[:, i, finest : finest + 1]
+            table[:, i, coarsest + 1 :] = table[:, i, coarsest : coarsest + 1]
         device = pictures[0].device
         offset, rows, columns, stride = torch.from_numpy(table).to(device)
         size = torch.tensor([list(p.shape) for p in pictures], dtype=torch.int64, device=device)
@@ -145,7 +150,10 @@ class Pyramid:
             extent: width of the lattice in canonical patches: 1 for x(u), 3 for the guide's window.
             scene: ``(n,)`` which scene each of the n leading rows of `gaze` looks at.
 
-        Convention: as the module. Values and dtype follow the texels.
+        Raises:
+            InputError: for gazes that do not fit the scenes, or for a number of a scene that is not here.
+
+        Convention: as the module. Values and dtype follow the texels. A gaze that is not finite sees NaNs.
         """
         if scene is None:
             if gaze.ndim < 2 or gaze.shape[0] != len(self):
@@ -153,6 +161,8 @@ class Pyramid:
                     f"gazes of shape {tuple(gaze.shape)} do not match {len(self)} scenes: needed is (scene, ..., 4)"
                 )
             scene = torch.arange(len(self), device=gaze.device)
+        elif gaze.ndim < 2 or scene.shape[0] != gaze.shape[0]:
+            raise InputError(f"{scene.shape[0]} scenes for gazes of shape {tuple(gaze.shape)}: needed is one a leading row")
         flat = gaze.reshape(gaze.shape[0], -1, 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
         shape = (size, size) if isinstance(size, int) else size
@@ -172,7 +182,8 @@ class Pyramid:
         square = (gaze[:, 0] ** 2 + gaze[:, 1] ** 2) * step**2
         # 2 log2(s) = log2(s²); below scale 1 the level is 0 and has no gradient.
         level = torch.log2(square.clamp(min=1.0)).clamp(max=LEVELS - 1e-9)
-        lower = level.detach().floor().clamp(max=LEVELS - 1).long()
+        # NaN has no integer; the weights carry it into the patch.
+        lower = level.detach().nan_to_num().floor().clamp(max=LEVELS - 1).long()
         weight = (level - lower)[:, None]
         return (1 - weight) * self._look(at, scene, lower) + weight * self._look(at, scene, lower + 1)
 
@@ -182,8 +193,8 @@ class Pyramid:
         limit = (self.size[scene] - 1).to(at.dtype)
         x = torch.minimum(at[..., 0].clamp(min=0), limit[:, 1:]) / stride
         y = torch.minimum(at[..., 1].clamp(min=0), limit[:, :1]) / stride
-        column = torch.minimum(x.detach().floor().long(), (columns - 2).clamp(min=0))
-        row = torch.minimum(y.detach().floor().long(), (rows - 2).clamp(min=0))
+        column = torch.minimum(x.detach().nan_to_num().floor().long(), (columns - 2).clamp(min=0))
+        row = torch.minimum(y.detach().nan_to_num().floor().long(), (rows - 2).clamp(min=0))
         fx, fy = x - column, y - row
         right, down = (columns > 1).long(), (rows > 1).long() * columns
         here = offset + row * columns + column
@@ -196,6 +207,8 @@ class Pyramid:
         """One compiled pass over all points of all gazes; a test holds it against `_extract_plain`."""
         from foveate.model.kernels import extract_patches
 
+        if scene.numel() and not 0 <= int(scene.min()) <= int(scene.max()) < len(self):
+            raise InputError(f"scenes {int(scene.min())} to {int(scene.max())} are asked for, there are {len(self)}")
         # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
         out = np.empty(
             (gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32
@@ -237,8 +250,13 @@ def extract(
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 2:
         return extract([pictures], gaze[None], size, extent)[0]
-    pyramid = pictures if isinstance(pictures, Pyramid) else Pyramid.build(list(pictures), oversampling=None)
-    return pyramid.extract(gaze, size, extent)
+    if isinstance(pictures, Pyramid):
+        return pictures.extract(gaze, size, extent)
+    columns = size if isinstance(size, int) else size[1]
+    scale = gazes.parts(gaze.detach()).scale * (gazes.CANONICAL_SIZE * extent / columns)
+    # Only the levels that these gazes read.
+    needed = math.floor(_level(float(scale.min()))), math.floor(_level(float(scale.max()))) + 1
+    return Pyramid.build(list(pictures), oversampling=None, levels=needed).extract(gaze, size, extent)
 
 
 def normalise(patch: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:
