@@ -175,7 +175,7 @@ def propose(glance: Glance, pyramid: Pyramid, count: int = 12, scales: Sequence[
             view = torch.tensor([scale, 0.0, (width - 1) / 2, (height - 1) / 2], dtype=torch.float64, device=device)
             extent = columns * VIEW_STEP / gazes.CANONICAL_SIZE
             seen = pyramid[i].extract(view[None, None], (rows, columns), extent)[0]
-            output = glance(seen)[0].to(dtype)
+            output = glance(seen.to(glance.head.weight))[0].to(pyramid.texels)
             cells = cell_centres(rows // CELL, columns // CELL, torch.float64, device).reshape(-1, 2)
             flat = output.reshape(5, -1)
             keep = flat[0].topk(min(32, flat.shape[1])).indices

@@ -107,7 +107,7 @@ class GazeGuide(nn.Module):
     ) -> GazeChange:
         """What the guide sees at gazes: `scene` says which scene of the pyramid each row looks at."""
         window = pyramid.extract(gaze, WINDOW, WINDOW_EXTENT, scene)
-        return self(window.to(self.log_sd_offset.dtype), canonical.to(self.log_sd_offset.dtype))
+        return self(window.to(self.log_sd_offset), canonical.to(self.log_sd_offset))
 
     def step(
         self,
@@ -129,7 +129,7 @@ class GazeGuide(nn.Module):
             ],
             -1,
         )
-        return change_chart(gaze).to_gaze(mean.to(gaze.dtype)), change
+        return change_chart(gaze).to_gaze(mean.to(gaze)), change
 
 
 def change_chart(gaze: Float[Tensor, "*batch 4"]) -> gazes.LocalChart:

@@ -145,24 +145,27 @@ def train_looks(
             window = _swap_background(window, missed, relative, WINDOW_EXTENT, 0.25, generator)
         else:
             missed = _missed_windows(data, off, generator)
-        window, target, canonical = _mirror(window, target, canonical, generator)
-        assert canonical is not None
+        window, target, mirrored = _mirror(window, target, canonical, generator)
+        assert mirrored is not None
         window = torch.cat([window, missed[:off]]).float()
-        canonical = torch.cat([canonical, canonical[:off]])
-        change = guide(_lighting(window, generator).to(device), _lighting(canonical, generator).to(device))
+        mirrored = torch.cat([mirrored, mirrored[:off]])
+        change = guide(_lighting(window, generator).to(device), _lighting(mirrored, generator).to(device))
         loss = _look_loss(change, target.to(device), batch, nll_weight)
         losses.append(_descend(loss, modules, optimiser, schedule, step))
         with torch.no_grad():
-            # Windows may have been mirrored: the next on-policy gazes are read off unmirrored windows of the same
-            # scenes.
+            # The windows above may have been mirrored or moved to clutter: the next on-policy gazes are read off the
+            # scenes themselves.
             guide.eval()
-            moved, _ = guide.step(data.pyramid, start[:own], canonical[:own].to(device), scene[:own])
+            moved, _ = guide.step(data.pyramid, start[:own], canonical[:own], scene[:own])
             guide.train()
             guide.glance.eval()
             fresh = torch.rand(own, generator=generator) < 0.3
             lost = gazes.overlap(moved, truth[:own]) < 0.02
-            again = _perturbed(truth[:own], generator)
-            pool = scene[:own].clone(), torch.where((fresh | lost)[:, None], again, moved.to(again.dtype))
+            # Looks that are over make room for other scenes.
+            over = fresh | lost
+            following = torch.where(over, data.draw(own, generator), scene[:own])
+            again = _perturbed(data.gaze[following], generator)
+            pool = following, torch.where(over[:, None], again, moved.to(again.dtype))
         if progress:
             progress(step, steps, losses[-1])
     guide.eval()

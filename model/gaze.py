@@ -7,6 +7,7 @@ sqrt(a² + b²)`` is in scene pixels per canonical pixel, rotation ``atan2(b, a)
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def apply(gaze: Float[Tensor, "*#batch 4"], points: Float[Tensor, "*#batch 2"]) 
 
 
 def from_parts(
-    centre: Float[Tensor, "*batch 2"], scale: Float[Tensor, "*#batch"], rotation: Float[Tensor, "*#batch"]
+    centre: Float[Tensor, "*#batch 2"], scale: Float[Tensor, "*#batch"], rotation: Float[Tensor, "*#batch"]
 ) -> Float[Tensor, "*batch 4"]:
     """A gaze from its centre (scene pixels), scale (scene px per canonical px) and rotation (radians)."""
     a, b = scale * torch.cos(rotation), scale * torch.sin(rotation)
@@ -275,7 +276,7 @@ class GazePrior(TorchDistribution):
         self.typical, self.log_scale_sd, self.rotation_sd, self.edge = typical, log_scale_sd, rotation_sd, edge
         super().__init__(size.shape[:-1], torch.Size([4]), validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GazePrior":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "GazePrior":
         size = self.size.expand(*batch_shape, 2)
         return GazePrior(size, self.typical, self.log_scale_sd, self.rotation_sd, self.edge)
 
@@ -347,7 +348,7 @@ class FlatGazePrior(TorchDistribution):
         low, high = self._box()
         return constraints.independent(constraints.interval(low, high), 1)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "FlatGazePrior":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "FlatGazePrior":
         return FlatGazePrior(self.size.expand(*batch_shape, 2), self.largest)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:

@@ -20,6 +20,9 @@ def extract_patches(texels, offset, rows, columns, stride, size, gaze, scene, po
         i = scene[n]
         a, b, tx, ty = gaze[n, 0], gaze[n, 1], gaze[n, 2], gaze[n, 3]
         square = (a * a + b * b) * step * step
+        if not (square < math.inf and abs(tx) < math.inf and abs(ty) < math.inf):
+            out[n] = math.nan
+            continue
         level = min(math.log2(max(square, 1.0)), top_level - 1e-9)
         lower = int(level)
         fraction = level - lower

@@ -162,7 +162,7 @@ class Pyramid:
                 )
             scene = torch.arange(len(self), device=gaze.device)
         elif gaze.ndim < 2 or scene.shape[0] != gaze.shape[0]:
-            raise InputError(f"{scene.shape[0]} scenes for gazes of shape {tuple(gaze.shape)}: needed is one a leading row")
+            raise InputError(f"{scene.shape[0]} scenes for gazes of shape {tuple(gaze.shape)}: needed is one per row")
         flat = gaze.reshape(gaze.shape[0], -1, 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
         shape = (size, size) if isinstance(size, int) else size
