@@ -10,8 +10,8 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro.infer import HMC, MCMC, NUTS
-from scipy.stats import norm, qmc
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 from foveate.inference.glance import propose
@@ -172,7 +172,8 @@ def integrated_odds(
 
     Convention: `sd` is in the units of `LocalChart` at `gaze`.
     """
-    points = torch.from_numpy(norm.ppf(qmc.Sobol(4, seed=0).random(POINTS).clip(1e-6, 1 - 1e-6)))
+    uniform = SobolEngine(4, scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
+    points = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     z = points * (SPREAD * sd)[..., None, :]
     chart = gazes.LocalChart(gaze[..., None, :])
     log_q = -0.5 * points.square().sum(-1) - (SPREAD * sd).log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
