@@ -76,18 +76,19 @@ class Posterior:
         InputError: naming the field, when shapes do not agree.
     """
 
-    gaze: Float64[Tensor, "scene chain draw 4"]
+    # Shapes are those of DIMENSIONS and are checked below, whether or not a shape checker is at work.
+    gaze: Float[Tensor, "..."]
     statistics: dict[str, Tensor]
-    modes: Float64[Tensor, "scene mode 4"]
-    weights: Float[Tensor, "scene mode"]
-    presence: Float[Tensor, "scene"]
-    path: Float64[Tensor, "scene step 4"]
-    canonical: Float[Tensor, "scene 24 24"]
-    canonical_draws: Float[Tensor, "scene chain kept 24 24"]
-    patch: Float[Tensor, "scene 24 24"]
+    modes: Float[Tensor, "..."]
+    weights: Float[Tensor, "..."]
+    presence: Float[Tensor, "..."]
+    path: Float[Tensor, "..."]
+    canonical: Float[Tensor, "..."]
+    canonical_draws: Float[Tensor, "..."]
+    patch: Float[Tensor, "..."]
     names: list[str]
     hashes: list[str]
-    sizes: Int[Tensor, "scene 2"]
+    sizes: Int[Tensor, "..."]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,7 +133,7 @@ class Posterior:
         """
         centre, log_scale, rotation = self._parts()
         of_draw = ("chain", "draw", "scene")
-        posterior = {"gaze": ((*of_draw, "gaze_coordinate"), self.gaze.permute(1, 2, 0, 3).numpy())}
+        posterior: dict[str, Any] = {"gaze": ((*of_draw, "gaze_coordinate"), self.gaze.permute(1, 2, 0, 3).numpy())}
         for name, value in zip(PARTS, (*centre.unbind(-1), log_scale.exp(), rotation), strict=True):
             posterior[name] = (of_draw, value.permute(1, 2, 0).numpy())
         statistics = {name: (of_draw, value.permute(1, 2, 0).numpy()) for name, value in self.statistics.items()}
@@ -201,6 +202,8 @@ class Posterior:
                 return cls._from_datatree(tree.load(), str(path))
         except OSError as error:
             raise InputError(f"{path} is no netCDF file or is damaged ({error}); write it again") from error
+        except KeyError as error:
+            raise InputError(f"{path} is not whole: {error.args[0]}; write it again") from error
 
     @classmethod
     def concatenate(cls, parts: Sequence["Posterior"]) -> "Posterior":
@@ -296,7 +299,7 @@ class Posterior:
             return torch.from_numpy(np.array(tree[group][name].transpose("scene", *dimensions, ...).values))
 
         of_draw = ("chain", "draw")
-        observed = tree["observed_data"]
+        observed = tree["observed_data"].to_dataset()
         return cls(
             gaze=read("posterior", "gaze", *of_draw),
             statistics={
