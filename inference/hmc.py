@@ -323,7 +323,6 @@ class _Chains:
         explain: Callable[[Tensor, tuple[int, ...]], str] = lambda z, element: "",
     ) -> None:
         self.value_and_grad = value_and_grad
-        self.trajectory = getattr(value_and_grad, "trajectory", None) or self._leapfrog
         self.options, self.warmup_steps, self.streams = options, warmup_steps, streams
         self.noise = KeyedNoise(seed, streams)
         self.draw = 0
@@ -338,6 +337,11 @@ class _Chains:
             self._load(carried)
         elif warmup_steps and options.adapt_step_size:
             self._seek_step_size(strict=True)
+
+    @property
+    def trajectory(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The potential's own leapfrog, or ours; looked up anew, for a Gibbs step may have changed the potential."""
+        return getattr(self.value_and_grad, "trajectory", None) or self._leapfrog
 
     def move(self, position: Tensor) -> None:
         """Go on from another position (or another density at the same one)."""
@@ -429,7 +433,7 @@ class _Chains:
 
     def _leapfrog(
         self, z: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, steps: int | Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Leapfrog steps of per-coordinate size ``step (*batch, d)``; an element that is done stands still."""
         function = self.value_and_grad
         energy = self.energy

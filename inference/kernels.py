@@ -245,12 +245,14 @@ def _prior(size, prior, a, b, tx, ty):
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def _finish(energy, sums, base, scales, size, prior, a, b, tx, ty, levels, z, gradient):
-    """Add prior and chart to the energy of a patch, and carry its slopes over to the chart."""
+def _finish(n, energy, sums, size, place, a, b, tx, ty, levels, z, gradient):
+    """Add prior, belief and chart to the energy of the patch of gaze n, and carry its slopes over to the chart."""
+    scenes, bases, scales, prior, beliefs = place
+    base, belief = bases[n], beliefs[n % beliefs.shape[0]]
     of_tx, of_ty, of_a, of_b, of_level = sums
     square = a * a + b * b
     moving = 2.0 / _LOG_2 if 1.0 <= square < 2.0 ** (levels - 1 - 1e-9) else 0.0
-    log_prior, prior_tx, prior_ty, prior_log_s, prior_rotation = _prior(size, prior, a, b, tx, ty)
+    log_prior, prior_tx, prior_ty, prior_log_s, prior_rotation = _prior(size[scenes[n]], prior, a, b, tx, ty)
     of_tx -= prior_tx
     of_ty -= prior_ty
     of_log_s = a * of_a + b * of_b + moving * of_level - prior_log_s
@@ -261,75 +263,48 @@ def _finish(energy, sums, base, scales, size, prior, a, b, tx, ty, levels, z, gr
     gradient[3] = scales[3] * of_rotation
     log_det = 2.0 * math.log(base[0] ** 2 + base[1] ** 2) + 2.0 * scales[2] * z[2]
     log_det += math.log(scales[0]) + math.log(scales[1]) + math.log(scales[2]) + math.log(scales[3])
+    for i in range(4):
+        energy += 0.5 * belief[i] * z[i] * z[i]
+        gradient[i] += belief[i] * z[i]
     return energy - log_prior - log_det
 
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def _quadratic(
-    texels, offset, rows, columns, stride, size, scene, base, scales, prior, px, py, target, precision, z, gradient
-):
-    near, a, b, tx, ty = _gaze(base, scales, z)
+def _quadratic(n, pyramid, place, points, targets, precisions, z, gradient):
+    near, a, b, tx, ty = _gaze(place[1][n], place[2], z)
     if not near:
         gradient[:] = math.nan
         return math.inf
+    texels, offset, rows, columns, stride, size = pyramid
+    target, precision = targets[n % targets.shape[0]], precisions[n % precisions.shape[0]]
+    px, py = points
     energy, sums = _residual(
-        texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, target, precision
+        texels, offset, rows, columns, stride, size, place[0][n], a, b, tx, ty, px, py, target, precision
     )
-    return _finish(energy, sums, base, scales, size[scene], prior, a, b, tx, ty, offset.shape[1], z, gradient)
+    return _finish(n, energy, sums, size, place, a, b, tx, ty, offset.shape[1], z, gradient)
 
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def quadratic_energy(begin, end, pyramid, scene, base, scales, px, py, prior, target, precision, z, energy, gradient):
-    """Energies and gradients of gazes ``begin … end`` under ½ Σ precision (x(u) − target)², prior and chart."""
-    texels, offset, rows, columns, stride, size = pyramid
+def quadratic_energy(begin, end, pyramid, place, points, target, precision, z, energy, gradient):
+    """Energies and gradients of gazes ``begin … end`` under ½ Σ precision (x(u) − target)², prior, belief and chart.
+
+    ``pyramid`` holds a pyramid's arrays, ``place`` (scene, base, scales, prior, belief), ``points`` the lattice (px,
+    py).
+    """
     slope = np.empty(4)
     for n in range(begin, end):
-        energy[n] = _quadratic(
-            texels,
-            offset,
-            rows,
-            columns,
-            stride,
-            size,
-            scene[n],
-            base[n],
-            scales,
-            prior,
-            px,
-            py,
-            target[n % target.shape[0]],
-            precision[n % precision.shape[0]],
-            z[n],
-            slope,
-        )
+        energy[n] = _quadratic(n, pyramid, place, points, target, precision, z[n], slope)
         gradient[n] = slope
 
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
 def quadratic_trajectory(
-    begin,
-    end,
-    pyramid,
-    scene,
-    base,
-    scales,
-    px,
-    py,
-    prior,
-    target,
-    precision,
-    z,
-    momentum,
-    gradient,
-    size_of_step,
-    steps,
-    energy,
+    begin, end, pyramid, place, points, target, precision, z, momentum, gradient, size_of_step, steps, energy
 ):
     """Leapfrog trajectories of gazes ``begin … end``, each of its own length; overwrites positions and momenta."""
-    texels, offset, rows, columns, stride, size = pyramid
     number = z.dtype.type
     at, slope, speed = np.empty(4, z.dtype), np.empty(4), np.empty(4)
     for n in range(begin, end):
@@ -340,24 +315,7 @@ def quadratic_trajectory(
         for _ in range(steps[n]):
             for i in range(4):
                 at[i] = number(at[i] + size_of_step[n, i] * speed[i])
-            value = _quadratic(
-                texels,
-                offset,
-                rows,
-                columns,
-                stride,
-                size,
-                scene[n],
-                base[n],
-                scales,
-                prior,
-                px,
-                py,
-                target[n % target.shape[0]],
-                precision[n % precision.shape[0]],
-                at,
-                slope,
-            )
+            value = _quadratic(n, pyramid, place, points, target, precision, at, slope)
             if not value < math.inf:
                 break
             for i in range(4):
@@ -371,30 +329,30 @@ def quadratic_trajectory(
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def patch_slopes(begin, end, pyramid, scene, base, scales, px, py, z, near, slopes):
+def patch_slopes(begin, end, pyramid, place, points, z, near, slopes):
     """Patches and slopes of gazes ``begin … end``, ``slopes (n, 4 · 576)``; ``near``: those within reach."""
     texels, offset, rows, columns, stride, size = pyramid
+    px, py = points
     for n in range(begin, end):
-        near[n], a, b, tx, ty = _gaze(base[n], scales, z[n])
+        near[n], a, b, tx, ty = _gaze(place[1][n], place[2], z[n])
         if near[n]:
-            _slopes(texels, offset, rows, columns, stride, size, scene[n], a, b, tx, ty, px, py, slopes[n])
+            _slopes(texels, offset, rows, columns, stride, size, place[0][n], a, b, tx, ty, px, py, slopes[n])
         else:
             slopes[n] = 0.0
 
 
 @numba.njit(nogil=True, cache=True)
 @no_type_check
-def contract_slopes(begin, end, pyramid, scene, base, scales, px, py, prior, z, near, weight, slopes, energy, gradient):
+def contract_slopes(begin, end, pyramid, place, points, z, near, weight, slopes, energy, gradient):
     """From patches' energies and derivatives ``weight (n, 576)`` to the chart's; overwrites ``energy``."""
     _, offset, _, _, _, size = pyramid
+    px, py = points
     slope = np.empty(4)
     for n in range(begin, end):
         if near[n]:
-            _, a, b, tx, ty = _gaze(base[n], scales, z[n])
+            _, a, b, tx, ty = _gaze(place[1][n], place[2], z[n])
             sums = _contract(weight[n], px, py, slopes[n])
-            energy[n] = _finish(
-                energy[n], sums, base[n], scales, size[scene[n]], prior, a, b, tx, ty, offset.shape[1], z[n], slope
-            )
+            energy[n] = _finish(n, energy[n], sums, size, place, a, b, tx, ty, offset.shape[1], z[n], slope)
             gradient[n] = slope
         else:
             energy[n] = math.inf

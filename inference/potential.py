@@ -200,20 +200,29 @@ class GazePotential:
         chart: coordinates of gazes; its base broadcasts against the batch.
         score: energy of the patch.
         prior: the prior over gazes, whose settings are used with the pyramid's own sizes; ``None`` leaves it out.
+        belief: precisions of a normal density of the coordinates about 0, a guide's ``p(u | I)`` used as a prior; it
+            broadcasts against the batch. ``None`` leaves it out.
 
     Convention: as the module. A gaze of a million scene pixels or more has infinite energy.
     """
 
     def __init__(
-        self, pyramid: Pyramid, chart: LocalChart, score: PatchScore, prior: GazePrior | FlatGazePrior | None = None
+        self,
+        pyramid: Pyramid,
+        chart: LocalChart,
+        score: PatchScore,
+        prior: GazePrior | FlatGazePrior | None = None,
+        belief: Float[Tensor, "*batch 4"] | None = None,
     ) -> None:
-        self.pyramid, self.chart, self.score, self.prior = pyramid, chart, score, prior
+        self.pyramid, self.chart, self.score, self.prior, self.belief = pyramid, chart, score, prior, belief
         self._tables: dict[tuple[int, ...], _Tables] = {}
 
     def energy(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
         """The definition, in PyTorch alone: differentiable, on any device."""
         gaze = self.chart.to_gaze(z)
         total = self.score.energy(self.pyramid.extract(gaze)) - self.chart.log_det(z)
+        if self.belief is not None:
+            total = total + 0.5 * (self.belief * z * z).sum(-1)
         if self.prior is None:
             return total
         size = self.pyramid.size.to(z.dtype).reshape(-1, *[1] * (z.ndim - 2), 2)
@@ -232,7 +241,8 @@ class GazePotential:
         tables, flat = self._of(z), _rows(z)
         if isinstance(self.score, QuadraticScore):
             energy, gradient = np.empty(len(flat), flat.dtype), np.empty_like(flat)
-            _share(_kernels().quadratic_energy, len(flat), *tables.fused(self.score), flat, energy, gradient)
+            targets = tables.targets(self.score)
+            _share(_kernels().quadratic_energy, len(flat), *tables.arrays, *targets, flat, energy, gradient)
         else:
             energy, gradient = self._two_passes(tables, flat, len(flat))
         return torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
@@ -246,21 +256,12 @@ class GazePotential:
         self, z: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, steps: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tables, batch = self._of(z), z.shape[:-1]
-        counts = np.full(len(tables.scene), steps) if isinstance(steps, int) else _rows(steps[..., None])[:, 0]
         at, speed, slope, size = (_rows(t) for t in (z, momentum, gradient, step))
+        counts = np.full(len(at), steps) if isinstance(steps, int) else _rows(steps[..., None])[:, 0]
         if isinstance(self.score, QuadraticScore):
             at, speed, slope, energy = at.copy(), speed.copy(), slope.copy(), np.empty(len(at), at.dtype)
-            _share(
-                _kernels().quadratic_trajectory,
-                len(at),
-                *tables.fused(self.score),
-                at,
-                speed,
-                slope,
-                size,
-                counts,
-                energy,
-            )
+            targets, run = tables.targets(self.score), _kernels().quadratic_trajectory
+            _share(run, len(at), *tables.arrays, *targets, at, speed, slope, size, counts, energy)
         else:
             # Sorted by length, the gazes still under way are always the first ones.
             order = np.argsort(-counts, kind="stable")
@@ -274,32 +275,18 @@ class GazePotential:
                 speed[:active] -= size[:active] * slope[:active]
             speed += 0.5 * size * slope
             at, speed, slope, energy = at[back], speed[back], slope[back], energy[back]
-        shapes = (z.shape, z.shape, batch, z.shape)
-        at, speed, energy, slope = (
-            torch.from_numpy(a).reshape(shape) for a, shape in zip((at, speed, energy, slope), shapes, strict=True)
-        )
-        return at, speed, energy, slope
+        end, momentum, gradient = (torch.from_numpy(a).reshape(z.shape) for a in (at, speed, slope))
+        return end, momentum, torch.from_numpy(energy).reshape(batch), gradient
 
     def _two_passes(self, tables: "_Tables", z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Energies and gradients of the first gazes: patches and slopes, the score's slope, their contraction."""
-        near, slopes = np.empty(count, np.bool_), np.empty((count, 4 * _POINTS), tables.px.dtype)
-        _share(_kernels().patch_slopes, count, tables.pyramid, *tables.geometry, z, near, slopes)
+        near, slopes = np.empty(count, np.bool_), np.empty((count, 4 * _POINTS), tables.points[0].dtype)
+        _share(_kernels().patch_slopes, count, *tables.arrays, z, near, slopes)
         patch, rows = torch.from_numpy(slopes[:, :_POINTS]), torch.from_numpy(tables.rows[:count])
-        of_patch, weight = self.score.energy_and_slope(patch, tables.batch, rows)
+        of_patch, of_pixels = self.score.energy_and_slope(patch, tables.batch, rows)
+        weight = np.ascontiguousarray(of_pixels.numpy(), slopes.dtype)
         energy, gradient = of_patch.numpy().astype(z.dtype), np.empty((count, 4), z.dtype)
-        _share(
-            _kernels().contract_slopes,
-            count,
-            tables.pyramid,
-            *tables.geometry,
-            tables.prior,
-            z,
-            near,
-            weight.contiguous().numpy(),
-            slopes,
-            energy,
-            gradient,
-        )
+        _share(_kernels().contract_slopes, count, *tables.arrays, z, near, weight, slopes, energy, gradient)
         return energy, gradient
 
     def _of(self, z: Tensor) -> "_Tables":
@@ -323,66 +310,80 @@ class _Form(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """What the compiled loops read besides the coordinates, for one batch shape: a row for every gaze."""
+    """What the compiled loops read besides the coordinates, for one batch shape.
+
+    Attributes:
+        batch: the batch's shape, without the coordinates' dimension.
+        rows: which gaze of the flattened batch each row is.
+        pyramid: the pyramid's arrays.
+        place: (scene, base, scales, prior, belief); scene and base have a row for every gaze.
+        points: (px, py) of the lattice, in the texels' dtype.
+        scores: the last score's targets and precisions, by the score's identity.
+    """
 
     batch: tuple[int, ...]
     rows: np.ndarray
     pyramid: tuple[np.ndarray, ...]
-    scene: np.ndarray
-    base: np.ndarray
-    scales: np.ndarray
-    px: np.ndarray
-    py: np.ndarray
-    prior: np.ndarray
-    targets: dict[int, tuple[Any, tuple[np.ndarray, np.ndarray]]]
+    place: tuple[np.ndarray, ...]
+    points: tuple[np.ndarray, np.ndarray]
+    scores: dict[int, tuple[QuadraticScore, tuple[np.ndarray, np.ndarray]]]
 
     @classmethod
     def build(cls, potential: GazePotential, shape: tuple[int, ...]) -> "_Tables":
-        pyramid, chart, prior = potential.pyramid, potential.chart, potential.prior
+        pyramid, chart, prior, belief = potential.pyramid, potential.chart, potential.prior, potential.belief
         if len(shape) < 2 or shape[0] != len(pyramid) or shape[-1] != 4:
             raise InputError(f"chart coordinates of shape {shape} for {len(pyramid)} scenes: needed is (scene, ..., 4)")
-        try:
-            base = chart.base.detach().double().expand(shape)
-        except RuntimeError as error:
-            raise InputError(
-                f"the chart's base {tuple(chart.base.shape)} does not broadcast to coordinates {shape}: give it "
-                "(scene, 1, 4) for all chains of a scene"
-            ) from error
-        points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
         settings: tuple[float, ...] = ()
         if isinstance(prior, GazePrior):
             settings = (prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge)
         elif prior is not None:
             settings = (prior.largest,)
+        lattice_points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
+        texels = (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)
         return cls(
             batch=shape[:-1],
             rows=np.arange(math.prod(shape[:-1])),
-            pyramid=tuple(
-                t.detach().numpy()
-                for t in (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)
+            pyramid=tuple(np.ascontiguousarray(t.detach().numpy()) for t in texels),
+            place=(
+                np.repeat(np.arange(len(pyramid)), math.prod(shape[1:-1])),
+                _spread(chart.base, shape, "the chart's base"),
+                np.array(chart.scales, np.float64),
+                np.array(settings, np.float64),
+                np.zeros((1, 4)) if belief is None else _spread(belief, shape, "the belief"),
             ),
-            scene=np.repeat(np.arange(len(pyramid)), math.prod(shape[1:-1])),
-            base=base.reshape(-1, 4).contiguous().numpy(),
-            scales=np.array(chart.scales, np.float64),
-            px=np.ascontiguousarray(points[:, 0]),
-            py=np.ascontiguousarray(points[:, 1]),
-            prior=np.array(settings, np.float64),
-            targets={},
+            points=(np.ascontiguousarray(lattice_points[:, 0]), np.ascontiguousarray(lattice_points[:, 1])),
+            scores={},
         )
 
     @property
-    def geometry(self) -> tuple[np.ndarray, ...]:
-        return self.scene, self.base, self.scales, self.px, self.py
+    def arrays(self) -> tuple[tuple[np.ndarray, ...], ...]:
+        """The first arguments of every loop."""
+        return self.pyramid, self.place, self.points
 
-    def fused(self, score: QuadraticScore) -> tuple[Any, ...]:
-        """The arguments of the one-pass loops."""
-        if id(score) not in self.targets:
-            self.targets.clear()
-            self.targets[id(score)] = score, score.tables(self.batch, self.px.dtype)
-        return self.pyramid, *self.geometry, self.prior, *self.targets[id(score)][1]
+    def targets(self, score: QuadraticScore) -> tuple[np.ndarray, np.ndarray]:
+        """Targets and precisions of a quadratic score."""
+        if id(score) not in self.scores:
+            self.scores.clear()
+            self.scores[id(score)] = score, score.tables(self.batch, self.points[0].dtype)
+        return self.scores[id(score)][1]
 
     def take(self, rows: np.ndarray) -> "_Tables":
-        return self._replace(rows=self.rows[rows], scene=self.scene[rows], base=self.base[rows])
+        """The same for some of the gazes."""
+        scene, base, scales, prior, belief = self.place
+        belief = belief if len(belief) == 1 else belief[rows]
+        return self._replace(rows=self.rows[rows], place=(scene[rows], base[rows], scales, prior, belief))
+
+
+def _spread(value: Tensor, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """A row for every gaze."""
+    try:
+        spread = value.detach().double().expand(shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"{what} {tuple(value.shape)} does not broadcast to coordinates {shape}: "
+            "give it (scene, 1, 4) for all chains of a scene"
+        ) from error
+    return spread.reshape(-1, 4).contiguous().numpy()
 
 
 def _aligned(value: Tensor, batch: tuple[int, ...] | torch.Size) -> Tensor:

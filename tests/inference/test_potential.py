@@ -74,9 +74,9 @@ def potential(
     pyramid = Pyramid.build(smooth_pictures(dtype), oversampling=oversampling)
     size = pyramid.size.to(dtype)
     priors = {"none": None, "proper": GazePrior(size, 0.4, 0.5, 0.3), "flat": FlatGazePrior(size)}
-    return GazePotential(
-        pyramid, LocalChart(base_gazes(dtype), (1.0, 0.7, 0.2, 0.1)), scores(dtype)[name], priors[prior]
-    )
+    chart = LocalChart(base_gazes(dtype), (1.0, 0.7, 0.2, 0.1))
+    belief = torch.rand(3, 1, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+    return GazePotential(pyramid, chart, scores(dtype)[name], priors[prior], belief if prior == "proper" else None)
 
 
 def coordinates(dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
@@ -160,7 +160,8 @@ def test_draws_of_a_scene_are_bit_for_bit_the_same_alone_and_in_a_batch(name):
         if isinstance(whole.score, QuadraticScore)
         else whole.score
     )
-    single = GazePotential(whole.pyramid[1], LocalChart(whole.chart.base[1:2], whole.chart.scales), score, whole.prior)
+    chart = LocalChart(whole.chart.base[1:2], whole.chart.scales)
+    single = GazePotential(whole.pyramid[1], chart, score, whole.prior, whole.belief[1:2])
     alone, _ = sample_batch(single, start[1:2], streams=[8], **options)
     assert torch.equal(alone[0], together[1])
 
