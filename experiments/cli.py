@@ -1,0 +1,54 @@
+"""The command line `foveate`: typed options, one entry for every command, bad input told in one line."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Union
+
+import tyro
+
+from foveate.experiments.attending import Attend
+from foveate.experiments.demo import Demo
+from foveate.experiments.options import Common
+from foveate.experiments.scoring import Evaluate
+from foveate.experiments.training import Sample, Train
+from foveate.model.errors import InputError
+
+__all__ = ["COMMANDS", "main"]
+
+# A command is a dataclass of options with a method `run`; one more entry here is one more command.
+COMMANDS: dict[str, type[Common]] = {
+    "demo": Demo,
+    "train": Train,
+    "attend": Attend,
+    "evaluate": Evaluate,
+    "sample": Sample,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after input that cannot be used.
+
+    Args:
+        arguments: the words behind `foveate`; those of this process by default.
+    """
+    logging.basicConfig(format="%(message)s")  # what was converted about pictures, to standard error
+    commands = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in COMMANDS.items()]
+    command = tyro.cli(
+        Union[tuple(commands)],  # noqa: UP007  # pyright: ignore[reportArgumentType]
+        prog="foveate",
+        description="Where is the object, and how sure: a generative model of visual attention.",
+        args=None if arguments is None else list(arguments),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
+    try:
+        command.prepare()
+        command.run()
+    except InputError as error:
+        print(f"foveate {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"foveate {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

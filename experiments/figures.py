@@ -1,0 +1,277 @@
+"""Figures of gazes, posteriors, canonical images and priors.
+
+Every function takes its data first and returns a `Figure`.
+
+Convention (the whole module): gazes and scene pixels as in `foveate.model.gaze`, drawn over pictures whose pixel
+centres lie at integers. A gaze's path runs from yellow (where attending began) to blue (where it ended), colours that
+every common form of colour blindness tells apart; the posterior's draws are thin blue squares, the true gaze is dashed
+and white.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
+from torch import Tensor
+
+from foveate.model import gaze as gazes
+
+__all__ = [
+    "Sheet",
+    "gaze_colours",
+    "iou_by_step_figure",
+    "legend_figure",
+    "patches_figure",
+    "scene_figure",
+    "scenes_figure",
+    "sheets_figure",
+]
+
+# Yellow to blue through the hues between them at falling lightness; blue stays bright enough for dark photographs.
+PATH_COLOURS = LinearSegmentedColormap.from_list("gaze", ["#ffe51f", "#c3d24a", "#62b58f", "#2f8fd0", "#1d4fff"])
+BLUE, DRAW_BLUE = PATH_COLOURS(1.0), "#7fa8ff"
+DRAWS_SHOWN = 16
+# Inches of a page that a report shows at full width.
+PAGE = 11.0
+
+
+def gaze_colours(steps: int) -> list[tuple[float, float, float, float]]:
+    """Colours of the `steps` gazes of a path, yellow first, blue last."""
+    return [PATH_COLOURS(k / max(1, steps - 1)) for k in range(steps)]
+
+
+def scene_figure(
+    picture: Float[Tensor, "height width"],
+    path: Float[Tensor, "step 4"],
+    draws: Float[Tensor, "draw 4"] | None = None,
+    *,
+    truth: Float[Tensor, "4"] | None = None,
+    title: str = "",
+    width: float = 5.0,
+) -> Figure:
+    """One scene with the gaze moving from yellow to blue, the posterior's spread and, if known, the truth.
+
+    Args:
+        picture: luminance in [0, 1].
+        path: gaze by step; the last is the reported one.
+        draws: draws of the posterior; 16 spread evenly over them are shown.
+        truth: the true gaze.
+        title: above the picture.
+        width: inches.
+
+    Convention: as the module.
+    """
+    height, across = picture.shape
+    room = 0.3 if title else 0.0
+    figure = Figure(figsize=(width, width * height / across + room))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1 - room / (width * height / across + room)))
+    _draw_scene(axes, picture, path, draws, truth, line=max(1.5, 0.45 * width))
+    if title:
+        axes.set_title(title, fontsize=10)
+    return figure
+
+
+def scenes_figure(
+    pictures: Sequence[Float[Tensor, "height width"]],
+    paths: Float[Tensor, "scene step 4"],
+    draws: Float[Tensor, "scene draw 4"],
+    *,
+    truths: Float[Tensor, "scene 4"] | None = None,
+    titles: Sequence[str] = (),
+    columns: int = 5,
+) -> Figure:
+    """Scenes beside one another in a grid, each as `scene_figure` draws it.
+
+    Args:
+        pictures: of any sizes.
+        paths: gaze by step of each scene.
+        draws: draws of each scene's posterior.
+        truths: true gazes; a row of NaN where one is not known.
+        titles: one for each scene, or none.
+        columns: scenes in a row.
+
+    Convention: as the module.
+    """
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    # Cells as high as the usual picture is; others are centred in theirs.
+    aspect = float(np.median([p.shape[0] / p.shape[1] for p in pictures]))
+    cell = PAGE / max(columns, 3)
+    figure = Figure(figsize=(columns * cell, rows * (cell * aspect + 0.25)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for i, picture in enumerate(pictures):
+        truth = None if truths is None or bool(truths[i].isnan().any()) else truths[i]
+        _draw_scene(axes[i], picture, paths[i], draws[i], truth, line=1.5)
+        if titles:
+            axes[i].set_title(titles[i], fontsize=8, pad=2)
+    for unused in axes[len(pictures) :]:
+        unused.set_axis_off()
+    return figure
+
+
+def legend_figure(steps: int, *, truth: bool = True) -> Figure:
+    """What the lines over a scene mean, as one strip; `steps` gazes to a path."""
+    figure = Figure(figsize=(PAGE, 0.45))
+    colours = gaze_colours(steps)
+    entries: list[Line2D] = [
+        Line2D([], [], color=colours[0], lw=3, label="where it began"),
+        *(Line2D([], [], color=c, lw=3, label=f"look {k}") for k, c in enumerate(colours[1:-1], 1)),
+        Line2D([], [], color=colours[-1], lw=3, label="posterior mean"),
+        Line2D([], [], color=DRAW_BLUE, lw=1, label="posterior draws"),
+    ]
+    if truth:
+        entries.append(Line2D([], [], color="white", lw=2, ls=(0, (2, 1.5)), label="true gaze"))
+    legend = figure.legend(handles=entries, loc="center", ncols=len(entries), frameon=True, fontsize=9)
+    legend.get_frame().set(facecolor="#8a8a8a", edgecolor="none")
+    return figure
+
+
+def patches_figure(
+    patches: Float[Tensor, "scene 24 24"],
+    canonical: Float[Tensor, "scene 24 24"],
+    *,
+    titles: Sequence[str] = (),
+    columns: int = 10,
+) -> Figure:
+    """Each scene's patch x(u) with the canonical image v that explains it below; grey levels in [0, 1].
+
+    Args:
+        patches: what the reported gaze sees.
+        canonical: posterior mean of v.
+        titles: one for each scene, or none.
+        columns: pairs in a row.
+    """
+    columns = min(columns, len(patches))
+    rows = math.ceil(len(patches) / columns)
+    cell = PAGE / max(columns, 6)
+    figure = Figure(figsize=(columns * cell, rows * (2 * cell + 0.35)), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for i in range(len(patches)):
+        row, column = divmod(i, columns)
+        top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
+        _show(top, patches[i])
+        _show(bottom, canonical[i])
+        if titles:
+            top.set_title(titles[i], fontsize=8, pad=2)
+    for row in range(rows):
+        for axis, name in ((axes[2 * row, 0], "patch x(u)"), (axes[2 * row + 1, 0], "canonical v")):
+            axis.text(-0.08, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=axis.transAxes)
+    return figure
+
+
+def iou_by_step_figure(overlap: Float[Tensor, "scene step"], *, labels: Sequence[str] = ()) -> Figure:
+    """How the overlap with the true gaze grows from step to step: every scene, the quartiles and the mean.
+
+    Args:
+        overlap: IoU of each scene's gaze with the truth at each step, in [0, 1].
+        labels: names of the steps; numbers by default.
+    """
+    values = overlap.double().numpy()
+    steps = np.arange(values.shape[1])
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values.T, color="0.6", lw=0.6, alpha=0.5, zorder=1)
+    low, high = np.quantile(values, [0.25, 0.75], axis=0)
+    axes.fill_between(steps, low, high, color=DRAW_BLUE, alpha=0.45, lw=0, label="middle half of the scenes", zorder=2)
+    axes.plot(steps, values.mean(0), color="black", lw=1.5, zorder=3, label="mean")
+    axes.scatter(steps, values.mean(0), c=gaze_colours(len(steps)), s=55, edgecolor="black", zorder=4)
+    axes.axhline(0.5, color="black", lw=0.8, ls=":")
+    axes.annotate("found", (steps[-1], 0.5), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8)
+    axes.set(ylim=(0, 1), ylabel="IoU with the true gaze", xlim=(steps[0] - 0.2, steps[-1] + 0.2))
+    axes.set_xticks(steps, list(labels) or [str(k) for k in steps])
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+class Sheet(NamedTuple):
+    """Small images under one title.
+
+    Attributes:
+        title: above them.
+        images: ``(image, height, width)`` grey levels in [0, 1], or, if `signed`, values about 0.
+        signed: every image is drawn on a scale of its own, 0 at mid-grey, positive values bright.
+    """
+
+    title: str
+    images: Tensor
+    signed: bool = False
+
+
+def sheets_figure(sheets: Sequence[Sheet], *, columns: int = 16) -> Figure:
+    """Sheets of small images, `columns` in a row, one sheet below the other: draws of the prior, or filters."""
+    boards = [_board(sheet, columns) for sheet in sheets]
+    room = 0.4
+    # A row is as high in every sheet, whatever the other rows hold.
+    heights = [PAGE * board.shape[0] / board.shape[1] for board in boards]
+    total = sum(heights) + room * len(sheets)
+    figure = Figure(figsize=(PAGE, total))
+    top = total
+    for sheet, board, height in zip(sheets, boards, heights, strict=True):
+        top -= room + height
+        axes = figure.add_axes((0.0, top / total, 1.0, height / total))
+        _show(axes, board)
+        axes.set_title(sheet.title, fontsize=11, loc="left")
+    return figure
+
+
+def _board(sheet: Sheet, columns: int) -> np.ndarray:
+    """The images of a sheet beside one another in one picture, white between them."""
+    count, height, width = sheet.images.shape
+    gap = 2
+    rows = math.ceil(count / columns)
+    board = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
+    for i, image in enumerate(sheet.images.detach().cpu().double().numpy()):
+        grey = 0.5 + 0.5 * image / max(float(np.abs(image).max()), 1e-12) if sheet.signed else image
+        row, column = divmod(i, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        board[top : top + height, left : left + width] = grey
+    return board
+
+
+def _draw_scene(
+    axes: Axes, picture: Tensor, path: Tensor, draws: Tensor | None, truth: Tensor | None, *, line: float
+) -> None:
+    """The picture with gazes over it; the view stays the picture's own, whatever the gazes reach to."""
+    _show(axes, picture, interpolation="antialiased")
+    if draws is not None:
+        chosen = torch.linspace(0, draws.shape[0] - 1, min(DRAWS_SHOWN, draws.shape[0])).round().long()
+        for draw in draws[chosen]:
+            axes.plot(*_outline(draw), color=DRAW_BLUE, lw=0.35 * line, alpha=0.6)
+    colours = gaze_colours(len(path))
+    halo = [Stroke(linewidth=1.9 * line, foreground="black", alpha=0.55), Normal()]
+    centres = path[:, 2:].double().numpy()
+    axes.plot(centres[:, 0], centres[:, 1], color="black", lw=0.5 * line, alpha=0.6)
+    for gaze, colour in zip(path, colours, strict=True):
+        last = colour == colours[-1]
+        x, y = _outline(gaze)
+        axes.plot(x, y, color=colour, lw=line if last else 0.7 * line, path_effects=halo if last else None)
+        axes.plot(float(gaze[2]), float(gaze[3]), "o", color=colour, ms=1.6 * line, mec="black", mew=0.3 * line)
+    if truth is not None:
+        ring = [Stroke(linewidth=1.4 * line, foreground="black", alpha=0.6), Normal()]
+        axes.plot(*_outline(truth), color="white", lw=0.7 * line, ls=(0, (2, 1.6)), path_effects=ring)
+    height, width = picture.shape
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def _outline(gaze: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The patch's square with a tick from its upper edge outwards, so that one sees which way is up."""
+    corner = gazes.corners(gaze[None].double())[0]
+    up = gazes.apply(gaze[None].double(), torch.tensor([[0.0, -12.0], [0.0, -15.0], [0.0, -12.0]], dtype=torch.float64))
+    ring = torch.cat([corner[:1], up, corner[1:], corner[:1]])
+    return ring[:, 0].numpy(), ring[:, 1].numpy()
+
+
+def _show(axes: Axes, image: Any, *, interpolation: str = "nearest") -> None:
+    axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
+    axes.set_axis_off()

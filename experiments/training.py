@@ -1,0 +1,139 @@
+"""The commands `train` (a run from labelled scenes) and `sample` (what a run's prior believes in)."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from foveate.data import Scenes
+from foveate.experiments.figures import Sheet, sheets_figure
+from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
+from foveate.experiments.outputs import check_picture, check_run, save_figure
+from foveate.inference.checkpoint import Run, save
+from foveate.inference.fit import fit
+from foveate.model import DeepBeliefNet
+
+__all__ = ["Budget", "Sample", "Train", "fit_logged", "prior_figure"]
+
+# Small images in a row of a picture.
+COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: steps of each part; every one shortens its learning rate to its own end.
+
+    Attributes:
+        glance_steps: of the guide's peripheral half.
+        look_steps: of the guide's foveal half.
+        dbn_steps: of the deep belief network at most; it stops by itself.
+    """
+
+    glance_steps: int = 1500
+    look_steps: int = 2500
+    dbn_steps: int = 2000
+
+    def check(self) -> None:
+        """Refuse a part without steps.
+
+        Raises:
+            InputError: naming the option.
+        """
+        for name, steps in dataclasses.asdict(self).items():
+            require_at_least(f"--{name.replace('_', '-')}", steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Common):
+    """Learn the model and the guide from scenes with known gazes.
+
+    Attributes:
+        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable.
+        clutter: pictures without the object: folder:DIR or orl; by default windows of the scenes that miss it.
+        out: the run, a folder; an earlier run there is replaced.
+        budget: how long to train.
+    """
+
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    clutter: str | None = None
+    out: Path
+    budget: Budget = field(default_factory=Budget)
+
+    def run(self) -> None:
+        self.budget.check()
+        check_run(self.out)
+        scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
+        clutter = None if self.clutter is None else Scenes.from_clutter_spec(self.clutter, seed=self.seed)
+        announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
+        scenes.preload(progress=True)
+        if clutter is not None:
+            clutter.preload(progress=True)
+        run = fit_logged(scenes, clutter, self.out, self.budget, self.seed, self.torch_device)
+        print(f"{self.out}: accuracy on scenes held out {run.config['validation_accuracy']:.3f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Common):
+    """Draw canonical images from a run's prior, with its filters below.
+
+    Attributes:
+        source: the run.
+        out: a .png file.
+        count: how many draws.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    out: Path
+    count: int = 64
+
+    def run(self) -> None:
+        require_at_least("--count", self.count, 1)
+        check_picture(self.out)
+        run = open_run(self.source, self.torch_device)
+        announce(f"drawing {self.count} canonical images; the picture goes to {self.out}")
+        save_figure(prior_figure(run.model.dbn, self.count, self.seed), self.out)
+
+
+def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget, seed: int, device: str) -> Run:
+    """`foveate.inference.fit.fit` with progress bars; the run, with the log of its training, goes to `out`."""
+    log: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with StageBars() as bars:
+
+        def progress(stage: str, done: int, total: int, figure: float) -> None:
+            bars(stage, done, total, figure)
+            # A hundred lines of each stage tell how it went; reading has nothing to tell.
+            if stage != "reading" and (done % max(1, total // 100) == 0 or done >= total - 1):
+                seconds = round(time.perf_counter() - began, 2)
+                log.append({"stage": stage, "done": done, "total": total, "figure": figure, "seconds": seconds})
+
+        run = fit(scenes, clutter, **dataclasses.asdict(budget), seed=seed, device=device, progress=progress)
+    save(run, out, log)
+    return run
+
+
+@torch.no_grad()
+def prior_figure(dbn: DeepBeliefNet, count: int, seed: int) -> Figure:
+    """What a prior believes in: draws of v, the mean of v given the hidden units of each draw, and the units' filters.
+
+    Args:
+        dbn: the prior.
+        count: how many draws.
+        seed: of the draws.
+    """
+    generator = torch.Generator(dbn.core.mean.device).manual_seed(seed)
+    hidden = dbn.sample_hidden(count, generator)
+    filters = dbn.filters()
+    shown = filters[: 8 * COLUMNS]
+    of_all = "" if len(shown) == len(filters) else f", {len(shown)} of {len(filters)}"
+    sheets = [
+        Sheet("draws of the canonical image v", dbn.to_canonical(dbn.layer.sample(hidden, generator))),
+        Sheet("mean of v given the hidden units of each draw", dbn.to_canonical(dbn.layer.mean(hidden))),
+        Sheet(f"filters: what each hidden unit changes{of_all}", shown, signed=True),
+    ]
+    return sheets_figure(sheets, columns=COLUMNS)
