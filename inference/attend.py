@@ -19,13 +19,13 @@ from foveate.inference.guide import CHANGE_SCALES, GazeGuide
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior
-from foveate.inference.potential import GazePotential, OddsScore, PatchScore
+from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
-from foveate.model.patch import PIXELS, Pyramid, density_coordinates
+from foveate.model.patch import Pyramid, density_coordinates
 
-__all__ = ["CanonicalScore", "Candidates", "attend", "attend_batches", "search"]
+__all__ = ["Candidates", "attend", "attend_batches", "search"]
 
 # Proposals followed per scene; end points that overlap by more than MERGE are one mode.
 PROPOSALS, MERGE = 8, 0.3
@@ -55,53 +55,6 @@ class Candidates(NamedTuple):
     features: Tensor
     log_weight: Tensor
     path: Tensor
-
-
-class CanonicalScore:
-    r"""Minus the log-odds of a patch for one particular object: ``N(y(u); y(v), σ² I)`` against clutter.
-
-    Args:
-        target: ``(gaze, 575)`` density coordinates of v, a row for every gaze that is scored.
-        noise: σ.
-        clutter: an `EllipticalDensity`, or None for the paper's likelihood.
-        temperature: divides the log-odds.
-    """
-
-    def __init__(self, target: Float[Tensor, "gaze 575"], noise: float, clutter: Any, temperature: float):
-        self.target, self.noise, self.clutter, self.temperature = target, noise, clutter, temperature
-
-    def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
-        """Energies, differentiable in the patch; the leading dimensions, flattened, are the rows of the target."""
-        y = density_coordinates(patch)
-        target = self.target.reshape(*y.shape[:-1], -1) if self.target.shape[0] == y.shape[:-1].numel() else self.target
-        log_odds = -0.5 * ((y - target.to(y)) / self.noise).square().sum(-1) - y.shape[-1] * math.log(
-            self.noise * math.sqrt(2 * math.pi)
-        )
-        if self.clutter is not None:
-            log_odds = log_odds - self.clutter.log_prob(y)
-        return -log_odds / self.temperature
-
-    def energy_and_slope(self, patch: Float[Tensor, "gaze 576"]) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
-        """Energies and their derivatives by the patch, by autograd."""
-        with torch.enable_grad():
-            flat = patch.detach().requires_grad_(True)
-            energy = self.energy(flat.unflatten(-1, (gazes.CANONICAL_SIZE, gazes.CANONICAL_SIZE)))
-            (slope,) = torch.autograd.grad(energy.sum(), flat)
-        return energy.detach(), slope
-
-
-class _GuidedPotential:
-    """A gaze potential times the guide's belief about the gaze as a prior p(u | I): a Gaussian about the chart's origin."""
-
-    def __init__(self, potential: GazePotential, sd: Tensor, weight: float):
-        self.potential, self.precision = potential, weight / sd.square()
-
-    def energy(self, z: Tensor) -> Tensor:
-        return self.potential.energy(z) + 0.5 * (self.precision * z * z).sum(-1)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        energy, gradient = self.potential(z)
-        return energy + 0.5 * (self.precision * z * z).sum(-1), gradient + self.precision * z
 
 
 def search(
@@ -179,9 +132,7 @@ def integrated_odds(
     log_q = -0.5 * points.square().sum(-1) - (SPREAD * sd).log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
     u = chart.to_gaze(z)
     flat = u.reshape(u.shape[0], -1, 4)
-    score = _score(model, canonical, flat.shape[1])
-    patch = pyramid.extract(flat).reshape(-1, PIXELS)
-    log_odds = -score.energy_and_slope(patch)[0].double().reshape(log_q.shape)
+    log_odds = -_score(model, canonical).energy(pyramid.extract(flat)).double().reshape(log_q.shape)
     size = pyramid.size.double()[:, None, None]
     log_p = model.prior(size).log_prob(u) + chart.log_det(z) + log_odds
     return torch.logsumexp(log_p - log_q, -1) - math.log(POINTS)
@@ -264,12 +215,20 @@ def attend_batches(
     with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
         for begin in range(0, count, batch):
             rows = range(begin, min(begin + batch, count))
-            read = pictures.pictures(rows) if hasattr(pictures, "pictures") else [_picture(pictures[i], i) for i in rows]
+            read = (
+                pictures.pictures(rows) if hasattr(pictures, "pictures") else [_picture(pictures[i], i) for i in rows]
+            )
             pyramid = Pyramid.build(read, oversampling=2.0, smallest=SMALLEST)
             part = slice(rows.start, rows.stop)
             v = None if canonical is None else canonical[part]
             found = search(
-                model, guide, pyramid, start=None if start is None else start[part], canonical=v, steps=guide_steps, modes=modes
+                model,
+                guide,
+                pyramid,
+                start=None if start is None else start[part],
+                canonical=v,
+                steps=guide_steps,
+                modes=modes,
             )
             settings = {"chains": chains, "draws": draws, "warmup": warmup, "kernel": kernel, "guide_steps": guide_steps, "seed": seed,
                         "guide_prior": float(guide.prior_weight), "start": "scene" if start is None else "given"}  # fmt: skip
@@ -293,23 +252,23 @@ def _sampled(
     base, sd = found.gaze[:, 0], found.sd[:, 0]
     weight = float(guide.prior_weight)
 
-    def target_of(rows: slice, per_scene: int) -> Any:
-        """The potential of some scenes, `per_scene` chains each."""
+    def potential_of(rows: slice) -> GazePotential:
         part = pyramid[rows]
-        score = _score(model, None if canonical is None else canonical[rows], per_scene)
-        potential = GazePotential(part, gazes.LocalChart(base[rows, None, :]), score, model.prior(part.size.double()))
-        return _GuidedPotential(potential, sd[rows, None, :], weight) if weight > 0 else potential
+        score = _score(model, None if canonical is None else canonical[rows])
+        chart = gazes.LocalChart(base[rows, None, :])
+        belief = weight / sd[rows, None, :].square() if weight > 0 else None
+        return GazePotential(part, chart, score, model.prior(part.size.double()), belief)
 
     noise = KeyedNoise(settings["seed"], streams).normal(Purpose.SEARCH, 0, 1, 4)
     z0 = torch.as_tensor(np.asarray(noise)).reshape(count, chains, 4).double() * (0.5 * sd[:, None, :]).clamp(max=1.0)
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
-            target_of(slice(0, count), chains), z0, num_samples=draws, warmup_steps=settings["warmup"], seed=settings["seed"], streams=streams,
+            potential_of(slice(0, count)), z0, num_samples=draws, warmup_steps=settings["warmup"], seed=settings["seed"], streams=streams,
             step_size=0.3, trajectory_length=1.6, max_num_steps=24,
         )  # fmt: skip
         recorded = {k: torch.as_tensor(v) for k, v in statistics._asdict().items()}
     else:
-        z, recorded = _stock(target_of, z0, settings, streams)
+        z, recorded = _stock(potential_of, z0, settings, streams)
     draws_gaze = gazes.LocalChart(base[:, None, None, :]).to_gaze(z)
     mean = draws_gaze.mean((1, 2))
     kept = max(1, draws // 10)
@@ -333,21 +292,29 @@ def _sampled(
     )
 
 
-def _score(model: AttentionModel, canonical: Tensor | None, per_scene: int) -> PatchScore:
-    """Energy of patches: the collapsed odds, or the odds of one given canonical image (a row for each gaze)."""
+def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
+    """Energy of patches: the collapsed odds, or the odds of one given canonical image a scene."""
     dense_object, dense_clutter = model.marginal_densities()
+    if dense_clutter is None and canonical is None:
+        raise InputError(
+            "attending needs a clutter model: without one the likelihood prefers blank walls (fit the model with clutter)"
+        )
     if canonical is not None:
-        target = density_coordinates(canonical).repeat_interleave(per_scene, 0)
-        return CanonicalScore(target, model.noise, dense_clutter, model.temperature)
-    if dense_clutter is None:
-        raise InputError("attending needs a clutter model: without one the likelihood prefers blank walls (fit the model with clutter)")
-    return OddsScore(dense_object, dense_clutter, model.temperature)
+        given = CanonicalDensity(density_coordinates(canonical), model.noise)
+        return OddsScore(given, dense_clutter, 1 / model.temperature)
+    return OddsScore(dense_object, dense_clutter, 1 / model.temperature)
 
 
 def _canonical_draws(
-    model: AttentionModel, pyramid: Pyramid, gaze: Tensor, canonical: Tensor | None, seed: int, streams: Tensor, sweeps: int = 3
+    model: AttentionModel,
+    pyramid: Pyramid,
+    gaze: Tensor,
+    canonical: Tensor | None,
+    seed: int,
+    streams: Tensor,
+    sweeps: int = 3,
 ) -> Tensor:
-    """v given the gaze by Gibbs (v, then h1), ``(scene, chain, kept, 4) -> (scene, chain, kept, 24, 24)`` in [0, 1]."""
+    """V given the gaze by Gibbs (v, then h1), ``(scene, chain, kept, 4) -> (scene, chain, kept, 24, 24)`` in [0, 1]."""
     patch = pyramid.extract(gaze).float()
     if canonical is not None:
         return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
@@ -367,16 +334,18 @@ def _canonical_draws(
     return (mean + sd * normalised).clamp(0, 1)
 
 
-def _stock(target_of: Callable[[slice, int], Any], z0: Tensor, settings: dict[str, Any], streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _stock(
+    potential_of: Callable[[slice], GazePotential], z0: Tensor, settings: dict[str, Any], streams: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Pyro's own kernels, one scene and one chain at a time (the only way they have)."""
     count, chains = z0.shape[:2]
     draws = torch.empty(count, chains, settings["draws"], 4, dtype=z0.dtype)
     lp = torch.empty(count, chains, settings["draws"], dtype=z0.dtype)
     diverging = torch.zeros(count, chains, settings["draws"], dtype=torch.bool)
     for i in range(count):
-        potential = target_of(slice(i, i + 1), 1)
+        potential = potential_of(slice(i, i + 1))
 
-        def energy(params: dict[str, Tensor], potential: Any = potential) -> Tensor:
+        def energy(params: dict[str, Tensor], potential: GazePotential = potential) -> Tensor:
             return potential.energy(params["z"][None, None])[0, 0]
 
         for c in range(chains):
@@ -433,13 +402,17 @@ def _check(count: int, chains: int, draws: int, warmup: int, start: Any, canonic
     if start is not None and not (bool(torch.isfinite(start).all()) and bool((start[:, :2].norm(dim=-1) > 0).all())):
         raise InputError("start holds a gaze that is not finite or of scale 0: give (a, b, tx, ty) with a² + b² > 0")
     if canonical is not None and tuple(canonical.shape) != (count, 24, 24):
-        raise InputError(f"canonical has shape {tuple(canonical.shape)}: needed is one image a picture, ({count}, 24, 24)")
+        raise InputError(
+            f"canonical has shape {tuple(canonical.shape)}: needed is one image a picture, ({count}, 24, 24)"
+        )
 
 
 def _picture(picture: Any, index: int) -> Tensor:
     tensor = torch.as_tensor(picture)
     if tensor.ndim != 2 or min(tensor.shape) < 2:
-        raise InputError(f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]")
+        raise InputError(
+            f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]"
+        )
     tensor = tensor.float()
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")

@@ -72,14 +72,27 @@ def evaluate(
     begun = time.perf_counter()
     parts = list(
         attend_batches(
-            run.model, run.guide, scenes, chains=chains, draws=draws, warmup=warmup, start=first, seed=seed, progress=progress
+            run.model,
+            run.guide,
+            scenes,
+            chains=chains,
+            draws=draws,
+            warmup=warmup,
+            start=first,
+            seed=seed,
+            progress=progress,
         )
     )
     seconds = (time.perf_counter() - begun) / len(scenes)
     posterior = Posterior.concatenate(parts)
     iou = gazes.overlap(posterior.mean_gaze.double(), truth)
     by_step = gazes.overlap(posterior.path.double(), truth[:, None])
-    crops = torch.stack([extract(scenes.pictures([i])[0], truth[i]).float() for i in tqdm(range(len(scenes)), desc="scoring crops", disable=None if progress else True)])
+    crops = torch.stack(
+        [
+            extract(scenes.pictures([i])[0], truth[i]).float()
+            for i in tqdm(range(len(scenes)), desc="scoring crops", disable=None if progress else True)
+        ]
+    )
     y = density_coordinates(crops)
     bound = run.model.dbn.log_prob_bound(y).double()
     statistics = posterior.statistics
@@ -119,7 +132,9 @@ def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor,
     uniform = torch.rand(n, 4, generator=generator, dtype=torch.float64)
     radius, angle = gazes.CANONICAL_SIZE * uniform[:, 0].sqrt(), 2 * math.pi * uniform[:, 1]
     offset = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    local = gazes.from_parts(offset, torch.exp((2 * uniform[:, 2] - 1) * math.log(2)), (2 * uniform[:, 3] - 1) * math.pi / 6)
+    local = gazes.from_parts(
+        offset, torch.exp((2 * uniform[:, 2] - 1) * math.log(2)), (2 * uniform[:, 3] - 1) * math.pi / 6
+    )
     return gazes.compose(truth.double(), local)
 
 

@@ -100,7 +100,9 @@ def fit(
     person = _numbered(scenes.people)
 
     guide = GazeGuide(width).to(device)
-    data = GuideData(pyramid[train], truth[train], crops[train, 0], background, None if person is None else person[train])
+    data = GuideData(
+        pyramid[train], truth[train], crops[train, 0], background, None if person is None else person[train]
+    )
     train_glance(guide, data, steps=glance_steps, seed=seed, progress=lambda i, n, loss: report("glance", i, n, loss))
     train_looks(guide, data, steps=look_steps, seed=seed, progress=lambda i, n, loss: report("look", i, n, loss))
     guide.to("cpu")
@@ -127,7 +129,9 @@ def fit(
     return Run(model=model, guide=guide, config=config)
 
 
-def coarse_pyramid(scenes: ScenePictures, indices: Sequence[int] | range, progress: Callable[[int, int], None] | None = None) -> Pyramid:
+def coarse_pyramid(
+    scenes: ScenePictures, indices: Sequence[int] | range, progress: Callable[[int, int], None] | None = None
+) -> Pyramid:
     """The scenes as the guide's training reads them: one sample a blur sd, no finer than a patch of 0.14 of the shorter side."""
     parts = []
     for done, i in enumerate(indices):
@@ -137,7 +141,9 @@ def coarse_pyramid(scenes: ScenePictures, indices: Sequence[int] | range, progre
     return Pyramid.concatenate(parts)
 
 
-def crops_of(scenes: ScenePictures, truth: Float[Tensor, "scene 4"], generator: torch.Generator) -> Float[Tensor, "scene version 24 24"]:
+def crops_of(
+    scenes: ScenePictures, truth: Float[Tensor, "scene 4"], generator: torch.Generator
+) -> Float[Tensor, "scene version 24 24"]:
     """Crops at the true gazes by the definition of `extract`: the exact one first, then jittered ones.
 
     Jitter: sd 0.4 canonical pixels, 2 % in scale and 0.02 radians, about what one labeller differs from another.
@@ -196,7 +202,9 @@ def calibrate(
         # A robust sd (median absolute residual / 0.6745): one impossible scene must not widen all.
         guide.log_sd_offset += torch.log(residual.abs().median(0).values / 0.6745).clamp(-1.0, 1.5).float()
     features = torch.cat([f[0].features for f in found])
-    overlap = torch.cat([gazes.overlap(f[0].gaze, truth[held[i * 16 : (i + 1) * 16]][:, None].double()) for i, f in enumerate(found)])
+    overlap = torch.cat(
+        [gazes.overlap(f[0].gaze, truth[held[i * 16 : (i + 1) * 16]][:, None].double()) for i, f in enumerate(found)]
+    )
     valid = torch.cat([torch.isfinite(f[0].log_weight) for f in found])
     guide.evidence.copy_(_evidence_weights(features, overlap > 0.5, valid))
     score = (features.nan_to_num() * guide.evidence[:3].double()).sum(-1)
@@ -226,7 +234,10 @@ def _evidence_weights(
             optimiser.zero_grad()
             score = torch.where(valid, (x * w).sum(-1), -math.inf)
             good = torch.where(right, score, -math.inf)
-            loss = -(torch.logsumexp(good, -1) - torch.logsumexp(score, -1))[usable].sum() + 2.0 * ((w - start) / (start + 0.05)).square().sum()
+            loss = (
+                -(torch.logsumexp(good, -1) - torch.logsumexp(score, -1))[usable].sum()
+                + 2.0 * ((w - start) / (start + 0.05)).square().sum()
+            )
             loss.backward()
             return loss
 
