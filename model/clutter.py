@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,8 +23,11 @@ class NoisyDensity(EllipticalDensity):
         """`core` seen through noise of standard deviation `noise` (normalised intensities)."""
         if noise < 0:
             raise InputError(f"noise {noise}: a standard deviation is at least 0")
-        density = cls(core.mean, torch.eye(core.dimension, dtype=core.mean.dtype, device=core.mean.device))
-        density.load_state_dict({**core.state_dict(), "variances": core.variances + noise**2})
+        # Not through __init__, which would decompose a covariance that is decomposed already.
+        density = cls.__new__(cls)
+        nn.Module.__init__(density)
+        for name, value in core.state_dict().items():
+            density.register_buffer(name, value + noise**2 if name == "variances" else value)
         return density
 
 
