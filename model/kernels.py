@@ -8,15 +8,17 @@ import numba
 __all__ = ["extract_patches"]
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract", "arcp", "nsz"})
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "arcp", "nsz"})
 @no_type_check
-def extract_patches(texels, offset, rows, columns, stride, size, gaze, scene, points_y, points_x, step, out):
-    """Fill ``out (n, points_y · points_x)`` with the patches of ``gaze (n, 4)`` on scenes ``scene (n,)``.
+def extract_patches(
+    begin, end, texels, offset, rows, columns, stride, size, gaze, scene, points_y, points_x, step, out
+):
+    """Fill rows ``begin … end`` of ``out (n, points_y · points_x)`` with patches: ``gaze (n, 4)``, ``scene (n,)``.
 
     Convention: as `foveate.model.patch`; `step` is the lattice step in canonical pixels.
     """
     top_level = offset.shape[1] - 1
-    for n in numba.prange(gaze.shape[0]):
+    for n in range(begin, end):
         i = scene[n]
         a, b, tx, ty = gaze[n, 0], gaze[n, 1], gaze[n, 2], gaze[n, 3]
         square = (a * a + b * b) * step * step
@@ -31,7 +33,7 @@ def extract_patches(texels, offset, rows, columns, stride, size, gaze, scene, po
         for which in range(2):
             weight = 1.0 - fraction if which == 0 else fraction
             k = lower + which
-            begin, width, height = offset[i, k], columns[i, k], rows[i, k]
+            first, width, height = offset[i, k], columns[i, k], rows[i, k]
             inverse = 1.0 / stride[i, k]
             right = 1 if width > 1 else 0
             down = width if height > 1 else 0
@@ -44,7 +46,7 @@ def extract_patches(texels, offset, rows, columns, stride, size, gaze, scene, po
                     y = min(max(b * px + a * py + ty, 0.0), limit_y) * inverse
                     column, row = min(int(x), last_x), min(int(y), last_y)
                     fx, fy = x - column, y - row
-                    here = begin + row * width + column
+                    here = first + row * width + column
                     top = texels[here] + fx * (texels[here + right] - texels[here])
                     bottom = texels[here + down] + fx * (texels[here + down + right] - texels[here + down])
                     value = weight * (top + fy * (bottom - top))
