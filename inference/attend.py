@@ -25,7 +25,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates
 
-__all__ = ["Candidates", "attend", "attend_batches", "search"]
+__all__ = ["Candidates", "ModePoints", "attend", "attend_batches", "integrated_odds", "mode_points", "search"]
 
 # Proposals followed per scene; end points that overlap by more than MERGE are one mode.
 PROPOSALS, MERGE = 8, 0.3
@@ -55,6 +55,22 @@ class Candidates(NamedTuple):
     features: Tensor
     log_weight: Tensor
     path: Tensor
+
+
+class ModePoints(NamedTuple):
+    """Points of a quadrature about modes.
+
+    Attributes:
+        z: ``(scene, mode, point, 4)`` chart coordinates.
+        gaze: ``(scene, mode, point, 4)`` the same as gazes.
+        log_det: ``(scene, mode, point)`` of the chart.
+        log_q: ``(scene, mode, point)`` log density over z from which the points are drawn.
+    """
+
+    z: Tensor
+    gaze: Tensor
+    log_det: Tensor
+    log_q: Tensor
 
 
 def search(
@@ -125,17 +141,26 @@ def integrated_odds(
 
     Convention: `sd` is in the units of `LocalChart` at `gaze`.
     """
+    points = mode_points(gaze, sd)
+    flat = points.gaze.reshape(len(pyramid), -1, 4)
+    log_odds = -_score(model, canonical).energy(pyramid.extract(flat)).double().reshape(points.log_q.shape)
+    size = pyramid.size.double()[:, None, None]
+    log_p = model.prior(size).log_prob(points.gaze) + points.log_det + log_odds
+    return torch.logsumexp(log_p - points.log_q, -1) - math.log(POINTS)
+
+
+def mode_points(gaze: Float[Tensor, "scene mode 4"], sd: Float[Tensor, "scene mode 4"]) -> ModePoints:
+    """A fixed set of points about every mode with the density they are drawn from: a Gaussian of 1.5 × `sd`.
+
+    Convention: `sd` is in the units of `LocalChart` at `gaze`.
+    """
     uniform = SobolEngine(4, scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
     points = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
-    z = points * (SPREAD * sd)[..., None, :]
+    spread = SPREAD * sd
+    z = points * spread[..., None, :]
+    log_q = -0.5 * points.square().sum(-1) - spread.log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
     chart = gazes.LocalChart(gaze[..., None, :])
-    log_q = -0.5 * points.square().sum(-1) - (SPREAD * sd).log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
-    u = chart.to_gaze(z)
-    flat = u.reshape(u.shape[0], -1, 4)
-    log_odds = -_score(model, canonical).energy(pyramid.extract(flat)).double().reshape(log_q.shape)
-    size = pyramid.size.double()[:, None, None]
-    log_p = model.prior(size).log_prob(u) + chart.log_det(z) + log_odds
-    return torch.logsumexp(log_p - log_q, -1) - math.log(POINTS)
+    return ModePoints(z, chart.to_gaze(z), chart.log_det(z), log_q)
 
 
 def attend(
@@ -158,8 +183,8 @@ def attend(
     """Where is the object in each picture, and how sure is that: the posterior over the gaze.
 
     Args:
-        model: the generative model (`latent` does not matter: the gaze is sampled from the collapsed form, canonical images
-            afterwards given the gaze).
+        model: the generative model (`latent` does not matter: the gaze is sampled from the collapsed form, canonical
+            images afterwards given the gaze).
         guide: proposes gazes.
         pictures: a `Scenes`, or a list of ``(height, width)`` arrays or tensors in [0, 1] of any sizes.
         chains: per scene, within the heaviest mode.
@@ -183,10 +208,22 @@ def attend(
     """
     parts = list(
         attend_batches(
-            model, guide, pictures, chains=chains, draws=draws, warmup=warmup, start=start, canonical=canonical, kernel=kernel,
-            modes=modes, guide_steps=guide_steps, seed=seed, batch=batch, progress=progress,
+            model,
+            guide,
+            pictures,
+            chains=chains,
+            draws=draws,
+            warmup=warmup,
+            start=start,
+            canonical=canonical,
+            kernel=kernel,
+            modes=modes,
+            guide_steps=guide_steps,
+            seed=seed,
+            batch=batch,
+            progress=progress,
         )
-    )  # fmt: skip
+    )
     return Posterior.concatenate(parts)
 
 
@@ -230,8 +267,16 @@ def attend_batches(
                 steps=guide_steps,
                 modes=modes,
             )
-            settings = {"chains": chains, "draws": draws, "warmup": warmup, "kernel": kernel, "guide_steps": guide_steps, "seed": seed,
-                        "guide_prior": float(guide.prior_weight), "start": "scene" if start is None else "given"}  # fmt: skip
+            settings = {
+                "chains": chains,
+                "draws": draws,
+                "warmup": warmup,
+                "kernel": kernel,
+                "guide_steps": guide_steps,
+                "seed": seed,
+                "guide_prior": float(guide.prior_weight),
+                "start": "scene" if start is None else "given",
+            }
             yield _sampled(model, guide, pyramid, read, names[part], found, v, settings)
             bar.update(len(rows))
 
@@ -263,9 +308,16 @@ def _sampled(
     z0 = torch.as_tensor(np.asarray(noise)).reshape(count, chains, 4).double() * (0.5 * sd[:, None, :]).clamp(max=1.0)
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
-            potential_of(slice(0, count)), z0, num_samples=draws, warmup_steps=settings["warmup"], seed=settings["seed"], streams=streams,
-            step_size=0.3, trajectory_length=1.6, max_num_steps=24,
-        )  # fmt: skip
+            potential_of(slice(0, count)),
+            z0,
+            num_samples=draws,
+            warmup_steps=settings["warmup"],
+            seed=settings["seed"],
+            streams=streams,
+            step_size=0.3,
+            trajectory_length=1.6,
+            max_num_steps=24,
+        )
         recorded = {k: torch.as_tensor(v) for k, v in statistics._asdict().items()}
     else:
         z, recorded = _stock(potential_of, z0, settings, streams)
@@ -357,9 +409,12 @@ def _stock(
                 else NUTS(step_size=0.3, max_tree_depth=6, **single)
             )
             mcmc = MCMC(
-                stock, num_samples=settings["draws"], warmup_steps=settings["warmup"], initial_params={"z": z0[i, c].clone()},
+                stock,
+                num_samples=settings["draws"],
+                warmup_steps=settings["warmup"],
+                initial_params={"z": z0[i, c].clone()},
                 disable_progbar=True,
-            )  # fmt: skip
+            )
             mcmc.run()
             draws[i, c] = mcmc.get_samples()["z"]
             diverging[i, c, mcmc.diagnostics()["divergences"]["chain 0"]] = True
@@ -370,7 +425,7 @@ def _stock(
 
 def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path: Tensor, modes: int) -> Candidates:
     """End points that overlap become one mode (the heaviest stands for it); best first, padded to `modes`."""
-    count, k = log_weight.shape
+    count = len(log_weight)
     overlap = gazes.overlap(end[:, :, None], end[:, None, :]) > MERGE
     order = log_weight.argsort(-1, descending=True)
     chosen = torch.zeros(count, modes, dtype=torch.int64)

@@ -54,13 +54,14 @@ def evaluate(
         run: what to score.
         scenes: with a true gaze each.
         start: ``"scene"``: no initial gaze. ``"jitter"``: the paper's protocol, from random gazes about the truth.
-        chains, draws, warmup: of the sampler.
+        chains: of the sampler, per scene.
+        draws: kept per chain.
+        warmup: draws that adapt, not kept.
         seed: of the sampler and of the jitter.
         progress: show a bar.
 
     Returns:
-        The results (scores as documented in ``docs/``: accuracy is the share of scenes with IoU > 0.5, bounds in nats per crop)
-        and the posterior.
+        The results (accuracy is the share of scenes with IoU > 0.5; bounds are in nats per crop) and the posterior.
 
     Raises:
         InputError: for scenes without true gazes.
