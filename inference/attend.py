@@ -349,7 +349,7 @@ def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
     dense_object, dense_clutter = model.marginal_densities()
     if dense_clutter is None and canonical is None:
         raise InputError(
-            "attending needs a clutter model: without one the likelihood prefers blank walls; fit the model with clutter"
+            "attending needs a clutter model; without the likelihood prefers blank walls, fit the model with clutter"
         )
     if canonical is not None:
         given = CanonicalDensity(density_coordinates(canonical), model.noise)
