@@ -1,6 +1,7 @@
 """The command `attend`: where the object is in pictures without labels, and how sure that is, written as it comes."""
 
 import csv
+import dataclasses
 import math
 import shutil
 import sys
@@ -63,16 +64,8 @@ class Attend(Common):
 
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "overlays").mkdir(parents=True)
-        posteriors = attend_batches(
-            run.model,
-            run.guide,
-            scenes,
-            chains=self.sampling.chains,
-            draws=self.sampling.draws,
-            warmup=self.sampling.warmup,
-            seed=self.seed,
-            progress=True,
-        )
+        how_much: dict[str, Any] = dataclasses.asdict(self.sampling)
+        posteriors = attend_batches(run.model, run.guide, scenes, **how_much, seed=self.seed, progress=True)
         kept, parts = _stream(posteriors, scenes, unfinished)
         _report(kept, len(scenes), unfinished)
         merge_netcdf(parts, unfinished / "posterior.nc")
@@ -158,8 +151,8 @@ def _report(posterior: Posterior, count: int, folder: Path) -> None:
     shown = f"the first {len(posterior)} of {count} pictures" if count > len(posterior) else f"{count} pictures"
     report.paragraph(
         f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue; thin squares are draws of "
-        "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior standard "
-        "deviation of the position (scene pixels), the size and the rotation."
+        "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior "
+        "standard deviation of the position (scene pixels), the size and the rotation."
     )
     report.figure(legend_figure(posterior.path.shape[1], truth=False), "what the colours of the lines mean")
     header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode")

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(message)s")  # what was converted about pictures, to standard error
     commands = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in COMMANDS.items()]
+    # A union of as many types as there are entries, which cannot be written with |.
+    anyone: Any = Union[tuple(commands)]  # noqa: UP007
     command = tyro.cli(
-        Union[tuple(commands)],  # noqa: UP007  # pyright: ignore[reportArgumentType]
+        anyone,
         prog="foveate",
         description="Where is the object, and how sure: a generative model of visual attention.",
         args=None if arguments is None else list(arguments),

@@ -1,5 +1,6 @@
 """The command `demo`, the main job on embedded data: learn faces, then find and understand unseen ones."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ __all__ = ["Demo", "astronaut"]
 ASTRONAUT_LANDMARKS = ((203.0, 101.0), (246.0, 103.5), (223.0, 145.0))
 ASTRONAUT_SIZE = (512, 512)
 # A figure of scenes holds so many; more would not fit a screen.
-SCENES_IN_FIGURE = 20
+SCENES_IN_FIGURE = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Demo(Common):
     def run(self) -> None:
         self.budget.check()
         self.sampling.check()
-        require_at_least("--scenes", self.scenes, 100)
+        require_at_least("--scenes", self.scenes, 12)
         require_at_least("--clutter", self.clutter, 1)
         require_at_least("--unseen", self.unseen, 1)
         check_directory(self.out, ("results.json", "run"))
@@ -80,7 +81,7 @@ class Demo(Common):
         run = fit_logged(train, clutter, self.out / "run", self.budget, self.seed, self.torch_device)
         trained = time.perf_counter()
 
-        how_much = {"chains": self.sampling.chains, "draws": self.sampling.draws, "warmup": self.sampling.warmup}
+        how_much: dict[str, Any] = dataclasses.asdict(self.sampling)
         results, posterior = evaluate(run, unseen, **how_much, seed=self.seed, progress=True)
         real = attend(run.model, run.guide, photograph, **how_much, seed=self.seed)
         truth = photograph.gazes

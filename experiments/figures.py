@@ -73,7 +73,7 @@ def scene_figure(
     room = 0.3 if title else 0.0
     figure = Figure(figsize=(width, width * height / across + room))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1 - room / (width * height / across + room)))
-    _draw_scene(axes, picture, path, draws, truth, line=max(1.5, 0.45 * width))
+    _draw_scene(axes, picture, path, draws, truth, line=max(1.2, 0.35 * width))
     if title:
         axes.set_title(title, fontsize=10)
     return figure
@@ -86,7 +86,7 @@ def scenes_figure(
     *,
     truths: Float[Tensor, "scene 4"] | None = None,
     titles: Sequence[str] = (),
-    columns: int = 5,
+    columns: int = 4,
 ) -> Figure:
     """Scenes beside one another in a grid, each as `scene_figure` draws it.
 
@@ -109,7 +109,7 @@ def scenes_figure(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, picture in enumerate(pictures):
         truth = None if truths is None or bool(truths[i].isnan().any()) else truths[i]
-        _draw_scene(axes[i], picture, paths[i], draws[i], truth, line=1.5)
+        _draw_scene(axes[i], picture, paths[i], draws[i], truth, line=1.2)
         if titles:
             axes[i].set_title(titles[i], fontsize=8, pad=2)
     for unused in axes[len(pictures) :]:
@@ -189,7 +189,7 @@ def iou_by_step_figure(overlap: Float[Tensor, "scene step"], *, labels: Sequence
     axes.annotate("found", (steps[-1], 0.5), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8)
     axes.set(ylim=(0, 1), ylabel="IoU with the true gaze", xlim=(steps[0] - 0.2, steps[-1] + 0.2))
     axes.set_xticks(steps, list(labels) or [str(k) for k in steps])
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -232,11 +232,16 @@ def _board(sheet: Sheet, columns: int) -> np.ndarray:
     rows = math.ceil(count / columns)
     board = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
     for i, image in enumerate(sheet.images.detach().cpu().double().numpy()):
-        grey = 0.5 + 0.5 * image / max(float(np.abs(image).max()), 1e-12) if sheet.signed else image
+        grey = 0.5 + 0.5 * image / _reach(image) if sheet.signed else image
         row, column = divmod(i, columns)
         top, left = row * (height + gap), column * (width + gap)
         board[top : top + height, left : left + width] = grey
     return board
+
+
+def _reach(image: np.ndarray) -> float:
+    """The absolute value that is drawn white or black: the 1 % largest lie beyond, so that no one pixel sets it."""
+    return max(float(np.quantile(np.abs(image), 0.99)), 1e-12)
 
 
 def _draw_scene(
@@ -255,8 +260,8 @@ def _draw_scene(
     for gaze, colour in zip(path, colours, strict=True):
         last = colour == colours[-1]
         x, y = _outline(gaze)
-        axes.plot(x, y, color=colour, lw=line if last else 0.7 * line, path_effects=halo if last else None)
-        axes.plot(float(gaze[2]), float(gaze[3]), "o", color=colour, ms=1.6 * line, mec="black", mew=0.3 * line)
+        axes.plot(x, y, color=colour, lw=line if last else 0.6 * line, path_effects=halo if last else None)
+        axes.plot(float(gaze[2]), float(gaze[3]), "o", color=colour, ms=1.4 * line, mec="black", mew=0.25 * line)
     if truth is not None:
         ring = [Stroke(linewidth=1.4 * line, foreground="black", alpha=0.6), Normal()]
         axes.plot(*_outline(truth), color="white", lw=0.7 * line, ls=(0, (2, 1.6)), path_effects=ring)

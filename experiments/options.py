@@ -47,7 +47,8 @@ class Common:
             require_at_least("--threads", self.threads, 1)
             threads = self.threads
         torch.set_num_threads(threads)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        # numba starts as many threads as its own setting says, and can only leave some of them idle.
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def torch_device(self) -> str:

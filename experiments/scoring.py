@@ -1,5 +1,6 @@
 """The command `evaluate`: scores of a run against known gazes, and the small table that tells them."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,16 +68,8 @@ class Evaluate(Common):
         scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
         announce(f"attending to {len(scenes)} scenes; the scores go to {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
-        results, _ = evaluate(
-            run,
-            scenes,
-            start=self.start,
-            chains=self.sampling.chains,
-            draws=self.sampling.draws,
-            warmup=self.sampling.warmup,
-            seed=self.seed,
-            progress=True,
-        )
+        how_much: dict[str, Any] = dataclasses.asdict(self.sampling)
+        results, _ = evaluate(run, scenes, start=self.start, **how_much, seed=self.seed, progress=True)
         write_json(self.out, results)
         print_table(("score", "value"), score_rows(results))
         print(f"\n{self.out}")
