@@ -149,12 +149,14 @@ def integrated_odds(
     return torch.logsumexp(log_p - points.log_q, -1) - math.log(POINTS)
 
 
-def mode_points(gaze: Float[Tensor, "scene mode 4"], sd: Float[Tensor, "scene mode 4"]) -> ModePoints:
-    """A fixed set of points about every mode with the density they are drawn from: a Gaussian of 1.5 × `sd`.
+def mode_points(
+    gaze: Float[Tensor, "scene mode 4"], sd: Float[Tensor, "scene mode 4"], count: int = POINTS
+) -> ModePoints:
+    """A fixed set of `count` points about every mode with the density they are drawn from: a Gaussian of 1.5 × `sd`.
 
     Convention: `sd` is in the units of `LocalChart` at `gaze`.
     """
-    uniform = SobolEngine(4, scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
+    uniform = SobolEngine(4, scramble=True, seed=0).draw(count, dtype=torch.float64)
     points = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     spread = SPREAD * sd
     z = points * spread[..., None, :]

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pyro.distributions import Independent, Normal
 from torch import Tensor, nn
 
-from foveate.inference.glance import Glance, cell_centres, feature_layers, local_contrast
+from foveate.inference.glance import Glance, cell_centres, local_contrast
 from foveate.model import gaze as gazes
 from foveate.model.patch import Pyramid, normalise
 
@@ -42,7 +42,8 @@ class GazeGuide(nn.Module):
 
     Every cell of the window votes for the change of gaze and says how much its vote counts; the mean is the weighted
     vote. The canonical image modulates the features (one gain and one offset a channel), so which of two near objects
-    is meant depends on whom it shows. `glance` is the guide's peripheral half, for scenes with no gaze yet.
+    is meant depends on whom it shows. `glance` is the guide's peripheral half, for scenes with no gaze yet; its
+    features, trained densely on whole views, are also the window's.
 
     Convention: windows ``(n, 48, 48)`` cover 72×72 canonical pixels around the current gaze; canonical images are
     ``(n, 24, 24)``; both are normalised inside.
@@ -52,8 +53,6 @@ class GazeGuide(nn.Module):
         super().__init__()
         self.config = {"width": width}
         self.glance = Glance(width)
-        # The same layers as the glance's, so that training may begin from what the glance has learned.
-        self.window = feature_layers(width)
         self.canonical = nn.Sequential(
             nn.Conv2d(1, width, 5, 2, 2),
             nn.ReLU(inplace=True),
@@ -86,7 +85,9 @@ class GazeGuide(nn.Module):
     prior_weight: Tensor
 
     def forward(self, window: Float[Tensor, "n 48 48"], canonical: Float[Tensor, "n 24 24"]) -> GazeChange:
-        features = self.window(local_contrast(window)[:, None])
+        # No gradient to the features: looks see far fewer windows than glances see cells, and would overfit them.
+        with torch.no_grad():
+            features = self.glance.features(local_contrast(window)[:, None])
         gain, offset = self.canonical(normalise(canonical)[:, None]).chunk(2, -1)
         features = features * (1 + gain[..., None, None]) + offset[..., None, None]
         output = self.votes(features)

@@ -125,8 +125,7 @@ def train_looks(
     off = batch // 5
     pool: tuple[Tensor, Tensor] | None = None
     losses: list[float] = []
-    guide.window.load_state_dict(guide.glance.features.state_dict())
-    modules = nn.ModuleList([guide.window, guide.canonical, guide.votes])
+    modules = nn.ModuleList([guide.canonical, guide.votes])
     optimiser, schedule = _optimiser(modules, rate, steps)
     guide.train()
     guide.glance.eval()
@@ -312,16 +311,21 @@ def _canonical_images(data: GuideData, scene: Tensor, mean: Tensor, generator: t
 
 
 def _lighting(window: Tensor, generator: torch.Generator) -> Tensor:
-    """Gamma, a lighting ramp, gain and offset, a little blur, noise: what cameras and lamps do."""
+    """Gamma, a lighting ramp, gain and offset, a lamp from the side, a little blur, noise: cameras and lamps."""
     n, rows, columns = window.shape
     shape = (n, 1, 1)
 
     def normal(sd: float) -> Tensor:
         return sd * torch.randn(shape, generator=generator)
 
-    x = window.clamp(1e-3, 1.0) ** torch.exp(normal(0.35))
+    x = window.clamp(1e-3, 1.0) ** torch.exp(normal(0.4))
     y_axis, x_axis = torch.linspace(-1, 1, rows)[:, None], torch.linspace(-1, 1, columns)[None, :]
-    x = x * torch.exp(normal(0.2) * x_axis + normal(0.2) * y_axis) * torch.exp(normal(0.2)) + normal(0.05)
+    x = x * torch.exp(normal(0.25) * x_axis + normal(0.25) * y_axis) * torch.exp(normal(0.3)) + normal(0.05)
+    # A lamp from one side: beyond a soft edge of any direction the light is another one; too much of it saturates.
+    direction = 2 * math.pi * torch.rand(shape, generator=generator)
+    edge = (torch.cos(direction) * x_axis + torch.sin(direction) * y_axis - normal(0.4)) / (0.05 + normal(0.2).abs())
+    lamp = normal(0.7) * (torch.rand(shape, generator=generator) < 0.4)
+    x = (x * torch.exp(lamp * torch.sigmoid(edge))).clamp(0, 1)
     soft = functional.avg_pool2d(functional.pad(x[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[:, 0]
     x = torch.where(torch.rand(shape, generator=generator) < 0.25, soft, x)
     return x + torch.rand(shape, generator=generator) * 0.04 * torch.randn(x.shape, generator=generator)
