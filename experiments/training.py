@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from foveate.data import Scenes
+from foveate.data import Scenes, orl_clutter
 from foveate.experiments.figures import Sheet, sheets_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
 from foveate.experiments.outputs import check_picture, check_run, save_figure
@@ -18,8 +19,10 @@ from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
 from foveate.model import DeepBeliefNet
 
-__all__ = ["Budget", "Sample", "Train", "fit_logged", "prior_figure"]
+__all__ = ["Budget", "Sample", "Train", "default_clutter", "fit_logged", "prior_figure"]
 
+# Crops of the bundled photographs that serve as clutter where none is given.
+BUNDLED_CLUTTER = 200
 # Small images in a row of a picture.
 COLUMNS = 16
 
@@ -35,7 +38,7 @@ class Budget:
     """
 
     glance_steps: int = 1500
-    look_steps: int = 2500
+    look_steps: int = 1500
     dbn_steps: int = 2000
 
     def check(self) -> None:
@@ -54,7 +57,8 @@ class Train(Common):
 
     Attributes:
         data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable.
-        clutter: pictures without the object: folder:DIR or orl; by default windows of the scenes that miss it.
+        clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by default
+            those photographs where scikit-image is installed, else windows of the scenes that miss the object.
         out: the run, a folder; an earlier run there is replaced.
         budget: how long to train.
     """
@@ -68,7 +72,7 @@ class Train(Common):
         self.budget.check()
         check_run(self.out)
         scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
-        clutter = None if self.clutter is None else Scenes.from_clutter_spec(self.clutter, seed=self.seed)
+        clutter = default_clutter(self.clutter, self.seed)
         announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
         scenes.preload(progress=True)
         if clutter is not None:
@@ -115,6 +119,13 @@ def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget
         run = fit(scenes, clutter, **dataclasses.asdict(budget), seed=seed, device=device, progress=progress)
     save(run, out, log)
     return run
+
+
+def default_clutter(spec: str | None, seed: int) -> Scenes | None:
+    """The clutter of a SPEC; without one the bundled photographs where scikit-image is installed, else None."""
+    if spec is not None:
+        return Scenes.from_clutter_spec(spec, seed=seed)
+    return orl_clutter("train", BUNDLED_CLUTTER, seed) if find_spec("skimage") is not None else None
 
 
 @torch.no_grad()

@@ -108,23 +108,31 @@ def search(
         v = model.dbn.to_canonical(model.dbn.core.mean.float()).expand(count * k, -1, -1)
     else:
         v = canonical.float().repeat_interleave(k, 0)
-    path = [first]
-    gaze = first.reshape(-1, 4)
     with torch.no_grad():
+        change = guide.look(pyramid, first.reshape(-1, 4), v, scene)
+        steps_taken, looks = [first], [change]
         for _ in range(steps):
-            gaze, _ = guide.step(pyramid, gaze, v, scene)
-            path.append(gaze.reshape(count, k, 4))
-        change = guide.look(pyramid, gaze, v, scene)
-    chart = gaze.new_tensor(gazes.LocalChart(gaze).scales)
-    sd = (change.log_sd.double().exp() * gaze.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE).reshape(count, k, 4)
-    presence = change.presence.double().reshape(count, k)
-    end = gaze.reshape(count, k, 4)
+            gaze, _ = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)
+            steps_taken.append(gaze.reshape(count, k, 4))
+        looks.append(guide.look(pyramid, steps_taken[-1].reshape(-1, 4), v, scene))
+    path = torch.stack(steps_taken, 2)
+    if start is None:
+        # What was proposed stays a candidate beside where the looks led from it: a look may lose an object, too.
+        stayed = first[:, :, None].expand(-1, -1, steps + 1, -1)
+        end, path = torch.cat([first, path[:, :, -1]], 1), torch.cat([stayed, path], 1)
+        glance_logit = glance_logit.repeat(1, 2)
+    else:
+        end, looks = path[:, :, -1], looks[1:]
+    chart = end.new_tensor(gazes.LocalChart(end).scales)
+    log_sd = torch.cat([look.log_sd.double().reshape(count, k, 4) for look in looks], 1)
+    sd = (log_sd.exp() * end.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE)
+    presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
     odds = integrated_odds(model, pyramid, end, sd, canonical)
     features = torch.stack([odds, glance_logit, presence], -1)
     weights = guide.evidence.double()
     log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
     log_weight = torch.where(torch.isfinite(glance_logit), log_weight, -math.inf)
-    return _merged(end, sd, features, log_weight, torch.stack(path, 2), modes)
+    return _merged(end, sd, features, log_weight, path, modes)
 
 
 def integrated_odds(

@@ -60,7 +60,7 @@ def fit(
     clutter: ScenePictures | None = None,
     *,
     glance_steps: int = 1500,
-    look_steps: int = 2500,
+    look_steps: int = 1500,
     dbn_steps: int = 2000,
     noise: float = 1.0,
     width: int = 24,
