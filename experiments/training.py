@@ -57,8 +57,8 @@ class Train(Common):
 
     Attributes:
         data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable.
-        clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by default
-            those photographs where scikit-image is installed, else windows of the scenes that miss the object.
+        clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by
+            default those, where scikit-image is installed, else windows of the scenes that miss the object.
         out: the run, a folder; an earlier run there is replaced.
         budget: how long to train.
     """

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from foveate.model.errors import InputError
 
-__all__ = ["EllipticalDensity", "choose_elliptical"]
+__all__ = ["EllipticalDensity", "choose_elliptical", "standard_gamma"]
 
 # Floors and degrees of freedom among which validation chooses: half-decades around the noise of a camera's grey levels.
 FLOORS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 DEGREES_OF_FREEDOM = (4.0, 6.0, 8.0, 12.0, 20.0)
+
+
+def standard_gamma(
+    shape: Float[Tensor, "*batch"], generator: torch.Generator | None = None
+) -> Float[Tensor, "*batch"]:
+    """Draws from Gamma(shape, 1). `torch.distributions.Gamma` would take no generator."""
+    return torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class EllipticalDensity(nn.Module):
@@ -89,7 +96,7 @@ class EllipticalDensity(nn.Module):
         noise = torch.randn(count, self.dimension, generator=generator, **like) * self.variances.sqrt()
         if not torch.isinf(self.nu):
             shape = torch.full((count, 1), float(self.nu) / 2, **like)
-            tau = torch._standard_gamma(shape, generator=generator) / ((self.nu - 2) / 2)
+            tau = standard_gamma(shape, generator) / ((self.nu - 2) / 2)
             noise = noise / tau.sqrt()
         return self.mean + noise @ self.axes.T
 
