@@ -125,7 +125,11 @@ def _draw(
     assert truth is not None and own is not None
     overlap = gazes.overlap(posterior.mean_gaze, truth)
     scores = [f"IoU {v:.2f}" for v in overlap.tolist()]
-    titles = [f"{s}, presence {p:.2f}" for s, p in zip(scores, posterior.presence.tolist(), strict=True)]
+    spread = posterior.sd[:, :2].amax(-1)
+    titles = [
+        f"{score}, presence {presence:.2f}, ±{sd:.1f} px"
+        for score, presence, sd in zip(scores, posterior.presence.tolist(), spread.tolist(), strict=True)
+    ]
     draws = posterior.gaze.flatten(1, 2)
     figures = {"legend": legend_figure(posterior.path.shape[1])}
     for begin in range(0, len(scenes), SCENES_IN_FIGURE):
@@ -155,7 +159,8 @@ CAPTIONS = {
     "legend": ("what the colours of the lines mean", ""),
     "scenes": (
         "unseen scenes with the gaze moving from yellow to blue",
-        "Unseen scenes, attended to with no initial gaze.",
+        "Unseen scenes, attended to with no initial gaze. Presence is the probability that a face is there; ± is the "
+        "posterior standard deviation of its position in scene pixels.",
     ),
     "canonical": (
         "the patch under each gaze with the canonical image below",

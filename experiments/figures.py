@@ -151,21 +151,21 @@ def patches_figure(
     """
     columns = min(columns, len(patches))
     rows = math.ceil(len(patches) / columns)
+    gap = torch.ones(len(patches), 1, patches.shape[-1])
+    pairs = torch.cat([patches, gap, canonical], 1)
     cell = PAGE / max(columns, 6)
-    figure = Figure(figsize=(columns * cell, rows * (2 * cell + 0.35)), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for axis in axes.ravel():
+    figure = Figure(figsize=(columns * cell, rows * (2 * cell + 0.2)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for i, axis in enumerate(axes):
         axis.set_axis_off()
-    for i in range(len(patches)):
-        row, column = divmod(i, columns)
-        top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
-        _show(top, patches[i])
-        _show(bottom, canonical[i])
-        if titles:
-            top.set_title(titles[i], fontsize=8, pad=2)
-    for row in range(rows):
-        for axis, name in ((axes[2 * row, 0], "patch x(u)"), (axes[2 * row + 1, 0], "canonical v")):
-            axis.text(-0.08, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=axis.transAxes)
+        if i < len(pairs):
+            _show(axis, pairs[i])
+            axis.set_title(titles[i] if titles else "", fontsize=8, pad=2)
+        if i < len(pairs) and i % columns == 0:
+            for height, name in ((0.75, "patch x(u)"), (0.25, "canonical v")):
+                axis.text(
+                    -0.06, height, name, rotation=90, ha="right", va="center", fontsize=8, transform=axis.transAxes
+                )
     return figure
 
 

@@ -104,7 +104,8 @@ class StageBars:
         self.bar = None
         if not self.watched:
             seconds = time.perf_counter() - self.began
-            print(f"{self.stage}: {seconds:.0f} s, {self.figure:.4g}", file=sys.stderr, flush=True)
+            figure = f" ({self.figure:.4g})" if self.figure else ""
+            print(f"{self.stage}: {seconds:.0f} s{figure}", file=sys.stderr, flush=True)
 
 
 def announce(text: str) -> None:

@@ -144,7 +144,9 @@ def prior_figure(dbn: DeepBeliefNet, count: int, seed: int) -> Figure:
     of_all = "" if len(shown) == len(filters) else f", {len(shown)} of {len(filters)}"
     sheets = [
         Sheet("draws of the canonical image v", dbn.to_canonical(dbn.layer.sample(hidden, generator))),
-        Sheet("mean of v given the hidden units of each draw", dbn.to_canonical(dbn.layer.mean(hidden))),
+        Sheet(
+            "mean of v given the hidden units of the first draws", dbn.to_canonical(dbn.layer.mean(hidden[:COLUMNS]))
+        ),
         Sheet(f"filters: what each hidden unit changes{of_all}", shown, signed=True),
     ]
     return sheets_figure(sheets, columns=COLUMNS)

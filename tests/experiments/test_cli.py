@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import attending
 from foveate.experiments.cli import COMMANDS, main
@@ -17,7 +19,6 @@ from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
-from PIL import Image
 
 THREADS = ["--threads", "1"]
 SMALL = ((96, 120), (120, 96))
@@ -296,9 +297,9 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
     assert main([*given, *sampling, *THREADS]) == 0
     results = json.loads(scores.read_text())
     assert results.keys() >= {
-        "scenes", "accuracy", "mean_iou", "median_iou", "iou_by_step", "seconds_per_scene", "bound_nats", "bound_nats_se",
-        "bound_gaussian", "bound_student_t", "log_z", "log_z_se", "acceptance_rate", "divergences", "rhat_max", "ess_min",
-        "seed", "versions",
+        "scenes", "accuracy", "mean_iou", "median_iou", "iou_by_step", "seconds_per_scene", "bound_nats",
+        "bound_nats_se", "bound_gaussian", "bound_student_t", "log_z", "log_z_se", "acceptance_rate", "divergences",
+        "rhat_max", "ess_min", "seed", "versions",
     }  # fmt: skip
     assert results["scenes"] == 3
     assert "accuracy (IoU > 0.5)" in capsys.readouterr().out

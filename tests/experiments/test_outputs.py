@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
 from foveate.experiments.figures import legend_figure
 from foveate.experiments.outputs import (
     check_directory,
@@ -17,7 +19,6 @@ from foveate.experiments.outputs import (
 )
 from foveate.inference.posterior import Posterior
 from foveate.model import InputError
-from PIL import Image
 
 
 def _posterior(names: list[str], value: float) -> Posterior:

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
+
 from foveate.experiments.figures import Sheet, sheets_figure
 from foveate.experiments.outputs import save_figure
 from foveate.experiments.report import Report
