@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from jaxtyping import Float
@@ -31,6 +30,8 @@ __all__ = ["Candidates", "ModePoints", "attend", "attend_batches", "integrated_o
 PROPOSALS, MERGE = 8, 0.3
 # Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
 POINTS, SPREAD = 64, 1.5
+# Points among which chains find their starts.
+START_POINTS = 256
 # The guide's sds, in chart units, are kept within these when they set the width of a mode.
 SD_RANGE = (0.1, 4.0)
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
@@ -314,8 +315,7 @@ def _sampled(
         belief = weight / sd[rows, None, :].square() if weight > 0 else None
         return GazePotential(part, chart, score, model.prior(part.size.double()), belief)
 
-    noise = KeyedNoise(settings["seed"], streams).normal(Purpose.SEARCH, 0, 1, 4)
-    z0 = torch.as_tensor(np.asarray(noise)).reshape(count, chains, 4).double() * (0.5 * sd[:, None, :]).clamp(max=1.0)
+    z0 = _starts(potential_of(slice(0, count)), base, sd, KeyedNoise(settings["seed"], streams))
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
             potential_of(slice(0, count)),
@@ -352,6 +352,20 @@ def _sampled(
         sizes=pyramid.size.clone(),
         settings=settings,
     )
+
+
+def _starts(potential: GazePotential, base: Tensor, sd: Tensor, noise: KeyedNoise) -> Tensor:
+    """Where the chains start, ``(scene, chain, 4)``: draws by sampling-importance-resampling within the mode.
+
+    A start far out in a posterior as rough as a picture's may never come in; these begin where the mass is.
+    """
+    points = mode_points(base[:, None], sd[:, None], START_POINTS)
+    z = points.z[:, 0]
+    energy, _ = potential(z)
+    share = torch.softmax(-energy - points.log_q[:, 0], -1).cumsum(-1)
+    uniform = torch.from_numpy(noise.uniform(Purpose.SEARCH, 0)[0, ..., 0].copy())
+    chosen = torch.searchsorted(share, uniform).clamp(max=START_POINTS - 1)
+    return z.gather(1, chosen[..., None].expand(-1, -1, 4))
 
 
 def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
