@@ -1,6 +1,5 @@
 """Attending: from pictures to posteriors over the gaze, by a glance, a few looks, and HMC within the modes found."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from foveate.inference.glance import propose
 from foveate.inference.guide import CHANGE_SCALES, GazeGuide
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
-from foveate.inference.posterior import Posterior
+from foveate.inference.posterior import Posterior, picture_hash
 from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -348,7 +347,7 @@ def _sampled(
         canonical_draws=pictures_v,
         patch=pyramid.extract(mean[:, None])[:, 0].float(),
         names=names,
-        hashes=[hashlib.sha256(p.float().contiguous().numpy().tobytes()).hexdigest()[:16] for p in pictures],
+        hashes=[picture_hash(p) for p in pictures],
         sizes=pyramid.size.clone(),
         settings=settings,
     )

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from foveate.model.patch import density_coordinates, extract
 __all__ = ["EvaluationScenes", "evaluate", "jittered_starts"]
 
 
+@runtime_checkable
 class EvaluationScenes(Protocol):
     """Pictures by index, with true gazes and names: `foveate.data.Scenes`."""
 

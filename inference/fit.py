@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,7 @@ NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0, 16.0, 3
 WORST, CALIBRATION_POINTS = -25.0, 512
 
 
+@runtime_checkable
 class ScenePictures(Protocol):
     """Pictures by index: `foveate.data.Scenes` or `UnlabelledScenes`."""
 
@@ -45,6 +46,7 @@ class ScenePictures(Protocol):
     def pictures(self, indices: Any = None) -> list[Tensor]: ...
 
 
+@runtime_checkable
 class LabelledScenes(ScenePictures, Protocol):
     """What `fit` needs of scenes: pictures by index, true gazes, and people where they are known."""
 

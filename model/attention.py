@@ -17,6 +17,7 @@ import pyro.distributions
 import torch
 from jaxtyping import Float
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -61,7 +62,7 @@ class SceneLikelihood(TorchDistribution):
     Args:
         object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
         clutter: None for the paper's likelihood.
-        temperature: 1 for the model as written; below 1 the odds are flattened (576 correlated pixels make them
+        temperature: 1 for the model as written; above 1 the odds are flattened (576 correlated pixels make them
             overconfident).
         batch_shape: of the site.
     """
@@ -71,7 +72,7 @@ class SceneLikelihood(TorchDistribution):
 
     def __init__(
         self,
-        object_density: TorchDistribution | EllipticalDensity,
+        object_density: TorchDistributionMixin | EllipticalDensity,
         clutter: ClutterModel | EllipticalDensity | None,
         temperature: float,
         batch_shape: torch.Size,
@@ -79,14 +80,14 @@ class SceneLikelihood(TorchDistribution):
         self.object_density, self.clutter, self.temperature = object_density, clutter, temperature
         super().__init__(batch_shape, torch.Size([575]), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "SceneLikelihood":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "SceneLikelihood":
         inner = self.object_density
-        if isinstance(inner, TorchDistribution):
+        if isinstance(inner, TorchDistributionMixin):
             inner = inner.expand(batch_shape)
         return SceneLikelihood(inner, self.clutter, self.temperature, torch.Size(batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        if isinstance(self.object_density, TorchDistribution):
+        if isinstance(self.object_density, TorchDistributionMixin):
             return self.object_density.sample(sample_shape)
         shape = torch.Size(sample_shape) + self.batch_shape
         return self.object_density.sample(shape.numel()).reshape(*shape, 575)

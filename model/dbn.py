@@ -13,7 +13,7 @@ is a bound without sampling noise: the only random number in it is log Z, which 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -627,7 +627,7 @@ class HiddenPrior(TorchDistribution):
         self.dbn, self.sweeps = dbn, sweeps
         super().__init__(batch_shape, torch.Size([dbn.top.visible]), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "HiddenPrior":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "HiddenPrior":
         return HiddenPrior(self.dbn, torch.Size(batch_shape), sweeps=self.sweeps)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
@@ -653,7 +653,7 @@ class CanonicalGivenHidden(TorchDistribution):
         self.dbn, self.hidden = dbn, hidden
         super().__init__(hidden.shape[:-1], torch.Size([dbn.core.dimension]), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "CanonicalGivenHidden":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "CanonicalGivenHidden":
         return CanonicalGivenHidden(self.dbn, self.hidden.expand(*batch_shape, self.hidden.shape[-1]))
 
     @property
