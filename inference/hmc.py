@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.overrides import TorchFunctionMode
 
 from foveate.inference.adaptation import Adaptation, HMCOptions
 from foveate.inference.noise import KeyedNoise, Purpose, batch_streams
@@ -527,19 +528,43 @@ class _Autograd:
         self.potential = potential
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_(True)
-            energy = self.potential(z)
-            if energy.shape != z.shape[:-1]:
-                raise InputError(
-                    f"the potential returned shape {tuple(energy.shape)} for a batch {tuple(z.shape[:-1])}: return "
-                    "one energy per element, "
-                    "summed over the event dimensions only"
-                )
-            if not energy.requires_grad:
-                return energy.detach(), torch.zeros_like(z)
-            (gradient,) = torch.autograd.grad(energy.sum(), z, materialize_grads=True)
+        # Distributions that check their arguments would raise for the whole batch where one element has diverged.
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            try:
+                return self._evaluate(z)
+            except torch.linalg.LinAlgError:
+                with _FactorOrNaN():
+                    return self._evaluate(z)
+
+    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_(True)
+        energy = self.potential(z)
+        if energy.shape != z.shape[:-1]:
+            raise InputError(
+                f"the potential returned shape {tuple(energy.shape)} for a batch {tuple(z.shape[:-1])}: "
+                "return one energy per element, summed over the event dimensions only"
+            )
+        if not energy.requires_grad:
+            return energy.detach(), torch.zeros_like(z)
+        (gradient,) = torch.autograd.grad(energy.sum(), z, materialize_grads=True)
         return energy.detach(), gradient
+
+
+class _FactorOrNaN(TorchFunctionMode):
+    """Matrix factorisations that give NaN for the elements of a batch where they fail, instead of raising for all."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        quiet = {
+            torch.linalg.cholesky: torch.linalg.cholesky_ex,
+            torch.linalg.inv: torch.linalg.inv_ex,
+            torch.inverse: torch.linalg.inv_ex,
+            torch.linalg.solve: torch.linalg.solve_ex,
+        }
+        if func not in quiet:
+            return func(*args, **(kwargs or {}))
+        result, info = quiet[func](*args, **(kwargs or {}))
+        failed = (info != 0).reshape(info.shape + (1,) * (result.ndim - info.ndim))
+        return result.masked_fill(failed, math.nan)
 
 
 class _Layout:
@@ -644,10 +669,8 @@ class _ModelDensity:
             values[name] = self.transforms[name].inv(part)
             log_det = self.transforms[name].log_abs_det_jacobian(values[name], part)
             terms[name] = -_sum_events(log_det, len(batch))
-        # Distributions would raise for the whole batch where one element has diverged.
-        with pyro.validation_enabled(False):
-            trace = poutine.trace(poutine.condition(self.model, values)).get_trace(*self.args, **self.kwargs)
-            trace.compute_log_prob()
+        trace = poutine.trace(poutine.condition(self.model, values)).get_trace(*self.args, **self.kwargs)
+        trace.compute_log_prob()
         for name, node in trace.nodes.items():
             if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
                 continue
@@ -664,7 +687,7 @@ class _ModelDensity:
 
     def explain(self, z: Tensor, element: tuple[int, ...]) -> str:
         """Which sites are not finite at an element, as part of a sentence."""
-        with torch.no_grad():
+        with torch.no_grad(), pyro.validation_enabled(False):
             bad = [name for name, term in self.terms(z).items() if not bool(torch.isfinite(term[element]))]
         return (
             f"; the log density of site{'s' if len(bad) > 1 else ''} {', '.join(map(repr, bad))} is not finite"

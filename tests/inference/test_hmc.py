@@ -431,6 +431,27 @@ def test_a_model_whose_distributions_validate_survives_an_element_that_diverges(
     assert params["z"][0].abs() <= 1
 
 
+def test_a_covariance_that_cannot_be_factorised_rejects_its_element_alone():
+    def potential(params: dict[str, Tensor]) -> Tensor:
+        x = params["x"]
+        # Beyond |x| = 1 the matrix of element 0 is not positive definite, and a factorisation raises for the whole
+        # batch.
+        corner = torch.where(torch.tensor([True, False]), 1.0 - x[:, 0] ** 2, torch.ones(2))
+        zero = torch.zeros_like(corner)
+        matrix = torch.stack([torch.stack([corner, zero], -1), torch.stack([zero, zero + 1], -1)], -2)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(2), covariance_matrix=matrix)
+        return 0.5 * (x**2).sum(-1) - normal.log_prob(torch.ones(2, 2))
+
+    kernel = BatchedHMC(potential_fn=potential, seed=1, step_size=1.0)
+    kernel.initial_params = {"x": torch.zeros(2, 1)}
+    kernel.setup(0)
+    params = kernel.initial_params
+    for _ in range(50):
+        params = kernel.sample(params)
+    assert kernel.statistics.diverging[0].any() and not kernel.statistics.diverging[1].any()
+    assert params["x"][0].abs() < 1
+
+
 def test_keyed_noise_is_uniform_normal_and_independent_of_batch_and_block():
     noise = KeyedNoise(5, batch_streams(None, (50, 4)))
     u = noise.uniform(Purpose.ACCEPT, 0, 100, 5)

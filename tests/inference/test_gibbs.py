@@ -1,0 +1,143 @@
+"""HMC within Gibbs: exact on a small model, under Pyro's MCMC, keyed by element, and its refusals."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC
+from torch import Tensor
+
+from foveate.inference.gibbs import ElementNoise, HMCWithinGibbs
+from foveate.model.errors import InputError
+
+OBSERVED = torch.tensor([-1.5, 0.2, 2.5], dtype=torch.float64)
+CENTRES = torch.tensor([-2.0, 1.0], dtype=torch.float64)
+
+
+def mixture(observed: Tensor) -> None:
+    """Observed: y ~ N(x, s²), x ~ N(centre of kind, 1), kind ~ Bernoulli(0.3), log s ~ N(0, 0.5²)."""
+    zero = torch.zeros((), dtype=torch.float64)
+    with pyro.plate("scene", observed.shape[0], dim=-2), pyro.plate("chain", observed.shape[1], dim=-1):
+        kind = pyro.sample("kind", dist.Bernoulli(zero + 0.3))
+        x = pyro.sample("x", dist.Normal(CENTRES[kind.long()], 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(zero, 0.5))
+        pyro.sample("y", dist.Normal(x, scale), obs=observed)
+
+
+def draw_kind(values: dict[str, Tensor], noise: ElementNoise) -> Tensor:
+    log_odds = math.log(0.3 / 0.7) - 0.5 * ((values["x"] - CENTRES[1]) ** 2 - (values["x"] - CENTRES[0]) ** 2)
+    return (noise.uniform() < torch.sigmoid(log_odds)).to(values["x"])
+
+
+def mixture_potential(observed: Tensor):
+    """The energy of x and log s given the kind, in closed form; coordinates in sorted order: log s, x."""
+
+    def given(values: dict[str, Tensor]):
+        centre = CENTRES[values["kind"].long()]
+
+        def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+            log_s, x = z.unbind(-1)
+            square = ((observed - x) / log_s.exp()) ** 2
+            energy = 0.5 * (x - centre) ** 2 + 2 * log_s**2 + 0.5 * square + log_s
+            of_x = (x - centre) - (observed - x) * torch.exp(-2 * log_s)
+            return energy, torch.stack([4 * log_s - square + 1, of_x], -1)
+
+        return value_and_grad
+
+    return given
+
+
+def exact_moments(observed: float) -> tuple[float, float, float]:
+    """P(kind = 1), E x and E log s by quadrature over log s."""
+    log_s = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    variance = 1 + torch.exp(2 * log_s)
+    prior = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
+    away = observed - CENTRES[:, None]
+    log_weight = prior[:, None] - 0.5 * (variance.log() + away**2 / variance) - 2 * log_s**2
+    weight = (log_weight - log_weight.flatten().logsumexp(0)).exp()
+    mean = CENTRES[:, None] + away / variance
+    return float(weight[1].sum()), float((weight * mean).sum()), float((weight * log_s).sum())
+
+
+@pytest.mark.parametrize("by", ["model", "potential"])
+def test_a_mixture_has_its_exact_moments_under_mcmc(by, capsys):
+    chains, draws = 24, 400
+    observed = OBSERVED[:, None].expand(3, chains)
+    options: dict[str, Any] = {"updates": {"kind": draw_kind}, "batch_dims": 2, "seed": 5}
+    if by == "model":
+        kernel = HMCWithinGibbs(mixture, **options)
+        start = None
+    else:
+        kernel = HMCWithinGibbs(potential=mixture_potential(observed), **options)
+        start = {name: torch.zeros(3, chains, dtype=torch.float64) for name in ("kind", "scale", "x")}
+    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=150, initial_params=start, disable_progbar=True)
+    mcmc.run(observed)
+    samples = mcmc.get_samples()
+    log_s = samples["scale"].log() if by == "model" else samples["scale"]
+    for scene in range(3):
+        for x, expected in zip(
+            (samples["kind"], samples["x"], log_s), exact_moments(float(OBSERVED[scene])), strict=True
+        ):
+            means = x[:, scene].mean(0)
+            # The chains are independent: the standard error comes from their means. Four of them.
+            assert abs(means.mean() - expected) < 4 * means.std() / math.sqrt(chains)
+    mcmc.summary()
+    assert "kind" in capsys.readouterr().out
+    assert kernel.statistics.lp.shape == (3, chains, draws)
+
+
+def test_draws_of_a_scene_do_not_depend_on_what_shares_its_batch():
+    def run(scenes: list[int]) -> dict[str, Tensor]:
+        observed = OBSERVED[scenes][:, None].expand(-1, 2)
+        start = {name: torch.zeros(len(scenes), 2, dtype=torch.float64) for name in ("kind", "scale", "x")}
+        kernel = HMCWithinGibbs(
+            potential=mixture_potential(observed),
+            updates={"kind": draw_kind},
+            batch_dims=2,
+            seed=5,
+            streams=scenes,
+            hmc_steps=2,
+        )
+        mcmc = MCMC(kernel, num_samples=20, warmup_steps=20, initial_params=start, disable_progbar=True)
+        mcmc.run()
+        return mcmc.get_samples()
+
+    together, alone = run([0, 1, 2]), run([2])
+    for name, value in alone.items():
+        assert torch.equal(value[:, 0], together[name][:, 2])
+
+
+def test_several_numbers_of_one_update_differ():
+    seen = []
+
+    def update(values: dict[str, Tensor], noise: ElementNoise) -> Tensor:
+        seen.append((noise.uniform(2), noise.uniform(2), noise.normal(3)))
+        return draw_kind(values, noise)
+
+    observed = OBSERVED[:, None]
+    kernel = HMCWithinGibbs(mixture, updates={"kind": update}, batch_dims=2, seed=1)
+    MCMC(kernel, num_samples=2, warmup_steps=1, disable_progbar=True).run(observed)
+    flat = torch.cat([part.flatten() for group in seen for part in group])
+    assert seen[0][2].shape == (3, 1, 3)
+    assert flat.unique().numel() == flat.numel()
+
+
+def test_bad_arguments_are_refused():
+    observed = OBSERVED[:, None]
+    with pytest.raises(InputError, match="exactly one of model and potential"):
+        HMCWithinGibbs(updates={"kind": draw_kind})
+    with pytest.raises(InputError, match="no Gibbs update"):
+        HMCWithinGibbs(mixture, updates={})
+    with pytest.raises(InputError, match="hmc_steps is 0"):
+        HMCWithinGibbs(mixture, updates={"kind": draw_kind}, hmc_steps=0)
+    with pytest.raises(InputError, match="'sort', which is no latent site"):
+        HMCWithinGibbs(mixture, updates={"sort": draw_kind}, batch_dims=2).setup(1, observed)
+    with pytest.raises(InputError, match="no initial value for site 'kind'"):
+        HMCWithinGibbs(potential=mixture_potential(observed), updates={"kind": draw_kind}).setup(1)
+    wrong = HMCWithinGibbs(mixture, updates={"kind": lambda values, noise: torch.zeros(7)}, batch_dims=2)
+    wrong.setup(1, observed)
+    with pytest.raises(InputError, match=r"'kind' returned shape \(7,\)"):
+        wrong.sample(wrong.initial_params)
