@@ -376,8 +376,8 @@ def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
         )
     if canonical is not None:
         given = CanonicalDensity(density_coordinates(canonical), model.noise)
-        return OddsScore(given, dense_clutter, 1 / model.temperature)
-    return OddsScore(dense_object, dense_clutter, 1 / model.temperature)
+        return OddsScore(given, dense_clutter, model.temperature)
+    return OddsScore(dense_object, dense_clutter, model.temperature)
 
 
 def _canonical_draws(

@@ -248,7 +248,7 @@ def attention_kernel(
         )
     pyramid = as_pyramid(pictures)
     # A temperature on the odds is a temperature on the likelihood, which widens its normal density.
-    noise = model.noise / model.temperature**0.5
+    noise = model.noise * model.temperature**0.5
 
     def hidden(values: dict[str, Tensor], random: ElementNoise) -> Tensor:
         return model.dbn.gibbs_hidden(values["canonical"], values["hidden"], random.generator, update=hidden_update)

@@ -107,7 +107,7 @@ class OddsScore:
         object: density of the object's patches: an elliptical one (v integrated out), or one about a given canonical
             image.
         clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
-        temperature: multiplies the log odds, which 576 correlated pixels make overconfident.
+        temperature: divides the log odds, which 576 correlated pixels make overconfident.
 
     Raises:
         InputError: a temperature or a noise that is not positive.
@@ -135,7 +135,7 @@ class OddsScore:
             energy = -self.object.log_prob(y)
         if self.clutter is not None:
             energy = energy + self.clutter.log_prob(y)
-        return self.temperature * energy
+        return energy / self.temperature
 
     def energy_and_slope(
         self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
@@ -168,7 +168,7 @@ class OddsScore:
                 of_n = of_n + (form.sign * power / (form.nu - 2) / (1 + ratio))[:, None] * pulled
         of_n = of_n - of_n.mean(-1, keepdim=True)
         slope = (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
-        return self.temperature * energy, self.temperature * slope
+        return energy / self.temperature, slope / self.temperature
 
     def _form(self, like: Tensor) -> tuple[list["_Form"], Tensor]:
         """The elliptical densities as functions of the normalised patch, and their precision matrices side by side."""

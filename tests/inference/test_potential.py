@@ -49,7 +49,7 @@ def odds_score(dtype: torch.dtype = torch.float64, nu: float = 8.0) -> OddsScore
         covariance = factor @ factor.T / 40 + 0.5 * torch.eye(575, dtype=torch.float64)
         mean = 0.3 * torch.randn(575, generator=generator, dtype=torch.float64)
         densities.append(EllipticalDensity(mean.to(dtype), covariance.to(dtype), nu))
-    return OddsScore(*densities, temperature=0.3)
+    return OddsScore(*densities, temperature=3.0)
 
 
 def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:
