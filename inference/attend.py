@@ -425,11 +425,11 @@ def _stock(
 
         for c in range(chains):
             pyro.set_rng_seed((int(streams[i, c]) + settings["seed"]) % 2**31)
-            single = {"potential_fn": energy, "adapt_mass_matrix": False}
+            single: dict[str, Any] = {"step_size": 0.3, "potential_fn": energy, "adapt_mass_matrix": False}
             stock = (
-                HMC(step_size=0.3, trajectory_length=1.6, **single)
+                HMC(trajectory_length=1.6, **single)
                 if settings["kernel"] == "hmc"
-                else NUTS(step_size=0.3, max_tree_depth=6, **single)
+                else NUTS(max_tree_depth=6, **single)
             )
             mcmc = MCMC(
                 stock,

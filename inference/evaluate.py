@@ -98,7 +98,7 @@ def evaluate(
     y = density_coordinates(crops)
     with torch.no_grad():
         bound = run.model.dbn.log_prob_bound(y).double()
-        baselines = {name: float(density.log_prob(y).mean()) for name, density in run.model.baselines.items()}
+        baselines = {name: float(run.model.baseline(name).log_prob(y).mean()) for name in ("gaussian", "student_t")}
     statistics = posterior.statistics
     results: dict[str, Any] = {
         "scenes": len(scenes),

@@ -81,8 +81,8 @@ class QuadraticScore:
     def tables(self, batch: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """Targets, a row for each gaze or one for all, and precisions ``(1, 576)``, for the compiled loops."""
         target = self.target if self.target.ndim == 1 else _aligned(self.target, batch).expand(*batch, -1)
-        tables = target.detach().reshape(-1, _POINTS), self.precision.detach().reshape(1, _POINTS)
-        return tuple(np.ascontiguousarray(table.numpy(), dtype) for table in tables)
+        rows, precision = target.detach().reshape(-1, _POINTS), self.precision.detach().reshape(1, _POINTS)
+        return np.ascontiguousarray(rows.numpy(), dtype), np.ascontiguousarray(precision.numpy(), dtype)
 
 
 class CanonicalDensity(NamedTuple):
@@ -187,6 +187,7 @@ class OddsScore:
     def _centre(self, batch: tuple[int, ...], like: Tensor) -> Tensor:
         """Canonical images as normalised patches, a row for every gaze of a batch."""
         if self._centres is None or self._centres[:2] != (batch, like.dtype):
+            assert isinstance(self.object, CanonicalDensity)
             centre = from_density_coordinates(self.object.canonical.detach()).flatten(-2).to(like)
             self._centres = batch, like.dtype, _aligned(centre, batch).expand(*batch, -1).reshape(-1, _POINTS)
         return self._centres[2]

@@ -188,6 +188,10 @@ class AttentionModel(PyroModule):
         clutter = None if self.clutter is None else NoisyDensity.through(self.clutter.density, self.noise)
         return NoisyDensity.through(self.dbn.core, self.noise), clutter
 
+    def baseline(self, name: Literal["gaussian", "student_t"]) -> EllipticalDensity:
+        """One of the densities that the prior has to beat, fitted on the crops that the prior was trained on."""
+        return cast(EllipticalDensity, self.baselines[name])
+
     def log_odds(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
         """Collapsed log-odds (nats, with the temperature) of patches in [0, 1]."""
         dense_object, dense_clutter = self.marginal_densities()

@@ -647,7 +647,7 @@ class CanonicalGivenHidden(TorchDistribution):
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
-    support = constraints.real_vector
+    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, dbn: DeepBeliefNet, hidden: Float[Tensor, "*batch hidden"]) -> None:
         self.dbn, self.hidden = dbn, hidden
