@@ -244,8 +244,21 @@ def _random_views(truth: Tensor, size: Tensor, generator: torch.Generator) -> Te
 
 
 def _clutter_windows(clutter: Pyramid, n: int, size: int, extent: float, generator: torch.Generator) -> Tensor:
-    scene = torch.randint(len(clutter), (n,), generator=generator)
-    return clutter.extract(random_gazes(clutter.size[scene], generator), size, extent, scene)
+    """Windows of clutter; half of them mixed with another, turned by a right angle, or as negatives.
+
+    A few photographs must stand for all that is not the object: textures that nobody photographed are clutter, too.
+    """
+    scene = torch.randint(len(clutter), (2 * n,), generator=generator)
+    both = clutter.extract(random_gazes(clutter.size[scene], generator), size, extent, scene)
+    window, other = both[:n], both[n:]
+
+    def chosen(share: float) -> Tensor:
+        return (torch.rand(n, generator=generator) < share)[:, None, None]
+
+    weight = torch.rand(n, generator=generator).to(window.dtype)[:, None, None]
+    window = torch.where(chosen(0.25), weight * window + (1 - weight) * other, window)
+    window = torch.where(chosen(0.25), window.transpose(-2, -1), window)
+    return torch.where(chosen(0.25), 1 - window, window)
 
 
 def _missed_windows(data: GuideData, n: int, generator: torch.Generator) -> Tensor:
