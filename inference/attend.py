@@ -256,7 +256,8 @@ def attend_batches(
 ) -> Iterator[Posterior]:
     """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
     count = len(pictures)
-    _check(count, chains, draws, warmup, start, canonical, kernel)
+    numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
+    _check(count, numbers | {"batch": batch}, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     guide.eval()
     with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
@@ -468,11 +469,13 @@ def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path:
     return Candidates(pick(end), pick(sd), pick(features), weight, pick(path)[:, 0])
 
 
-def _check(count: int, chains: int, draws: int, warmup: int, start: Any, canonical: Any, kernel: str) -> None:
+def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kernel: str) -> None:
     if count == 0:
         raise InputError("no pictures to attend to: give at least one")
-    if chains < 1 or draws < 1 or warmup < 0:
-        raise InputError(f"chains={chains}, draws={draws}, warmup={warmup}: at least 1, 1 and 0 are needed")
+    for name, number in numbers.items():
+        least = 0 if name in ("warmup", "guide_steps") else 1
+        if number < least:
+            raise InputError(f"{name}={number}: at least {least} is needed")
     if kernel not in ("batched", "hmc", "nuts"):
         raise InputError(f"kernel={kernel!r}: one of 'batched', 'hmc', 'nuts'")
     if start is not None and tuple(start.shape) != (count, 4):
@@ -483,6 +486,8 @@ def _check(count: int, chains: int, draws: int, warmup: int, start: Any, canonic
         raise InputError(
             f"canonical has shape {tuple(canonical.shape)}: needed is one image a picture, ({count}, 24, 24)"
         )
+    if canonical is not None and not bool(torch.isfinite(canonical).all()):
+        raise InputError("canonical holds values that are not finite: give images in [0, 1]")
 
 
 def _picture(picture: Any, index: int) -> Tensor:
