@@ -346,6 +346,8 @@ def _climb_layer(
         code = _entropy(q) - top.free_energy(q) - top.path_log_z(top.visible_bias)
         log_det = torch.linalg.slogdet(filters)[1] + log_dets[index]
         bound = layer.expected_residual_log_prob(e, q) + log_det + cost * code
+        if not bool(torch.isfinite(bound).all()):
+            break
         penalty = _penalty(layer) + _half_square(near * adjust, ADJUST_SD) + _half_square(mix, MIX_SD)
         optimiser.zero_grad()
         (penalty / len(exact) - bound.mean()).backward()
@@ -374,6 +376,8 @@ def _climb_top(
         batch = e[torch.randint(len(e), (BATCH,), generator=generator).to(e.device)]
         q = layer.recognise_residual(batch)
         bound = layer.expected_residual_log_prob(batch, q) + _entropy(q) - top.free_energy(q)
+        if not bool(torch.isfinite(bound).all()):
+            break
         optimiser.zero_grad()
         (_penalty(layer) / len(exact) - bound.mean()).backward()
         gradient, chains = fast_persistent_contrastive_divergence(

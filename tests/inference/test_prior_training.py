@@ -1,0 +1,178 @@
+"""Training of the prior: what it estimates, what it watches and what it returns when things go wrong."""
+
+import math
+
+import pytest
+import torch
+
+from foveate.inference import prior_training
+from foveate.inference.prior_training import Monitor, augmented_coordinates, fit_covariance, train_dbn
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer
+from foveate.model.density import EllipticalDensity, choose_elliptical
+from foveate.model.errors import InputError
+from foveate.model.patch import density_coordinates
+
+
+def synthetic_crops(pictures: int, versions: int, seed: int) -> torch.Tensor:
+    """Smooth fields on a common mean, with fine texture whose strength differs from quarter to quarter."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(pictures, 1, 32, 32, generator=generator)
+    smooth = 0.15 * torch.nn.functional.avg_pool2d(noise, 9, 1)[:, 0] * 9 / 3
+    strength = (
+        torch.exp(torch.randn(pictures, 2, 2, generator=generator)).repeat_interleave(12, 1).repeat_interleave(12, 2)
+    )
+    fine = 0.01 * strength * torch.randn(pictures, 24, 24, generator=generator)
+    row = torch.linspace(-1, 1, 24)
+    crops = 0.5 + 0.15 * torch.cos(3 * row)[:, None] * torch.cos(2 * row) + smooth + fine
+    jitter = 0.003 * torch.randn(pictures, versions, 24, 24, generator=generator)
+    jitter[:, 0] = 0
+    return (crops[:, None] + jitter).clamp(0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_settings():
+    """Two settings of the covariance instead of 24: how they are chosen does not depend on how many there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prior_training, "RADII", (3,))
+        patch.setattr(prior_training, "STATIONARY", (0.3,))
+        patch.setattr(prior_training, "SAMPLE_SHARE", (0.2, 0.4))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(few_settings) -> tuple[DeepBeliefNet, list[tuple[float, Monitor]], torch.Tensor]:
+    checks: list[tuple[float, Monitor]] = []
+    crops = synthetic_crops(60, 2, 1)
+    net = train_dbn(crops, steps=60, seed=3, progress=lambda share, monitor: checks.append((share, monitor)))
+    return net, checks, crops
+
+
+def test_the_net_beats_the_student_t_on_new_crops_of_uneven_texture(trained) -> None:
+    net, _, crops = trained
+    new = density_coordinates(synthetic_crops(80, 1, 2)[:, 0])
+    y = augmented_coordinates(crops).flatten(0, 1)
+    student, _ = choose_elliptical(y, density_coordinates(synthetic_crops(20, 1, 3)[:, 0]), student=True)
+    gain = net.log_prob_bound(new, net.refine_hidden(new)) - student.log_prob(new)
+    # Judged by the bound less two standard errors of log Z, and by 3 standard errors of the mean over crops.
+    error = 3 * float(gain.std()) / math.sqrt(len(new)) + 2 * float(net.log_z_se)
+    assert float(gain.mean()) - error > 20
+
+
+def test_refined_posteriors_tighten_the_bound_and_stay_probabilities(trained) -> None:
+    net, _, _ = trained
+    new = density_coordinates(synthetic_crops(40, 1, 4)[:, 0])
+    q = net.refine_hidden(new)
+    assert bool(((q >= 0) & (q <= 1)).all())
+    assert float(net.log_prob_bound(new, q).mean()) > float(net.log_prob_bound(new).mean())
+
+
+def test_every_check_is_reported_in_order_and_complete(trained) -> None:
+    net, checks, _ = trained
+    shares = [share for share, _ in checks]
+    assert shares == sorted(shares)
+    assert {monitor.stage for _, monitor in checks} == {"layer", "top"}
+    assert all(math.isfinite(value) for _, monitor in checks for value in monitor[1:])
+    assert all(0 < monitor.activation < 1 for _, monitor in checks)
+    assert all(1 <= monitor.effective_filters <= net.top.visible for _, monitor in checks)
+
+
+def test_the_net_comes_back_frozen_with_log_z_and_its_error(trained) -> None:
+    net, _, _ = trained
+    assert math.isfinite(float(net.log_z))
+    assert 0 <= float(net.log_z_se) <= prior_training.FINAL_LOG_Z_ERROR
+    assert not any(value.requires_grad for value in net.parameters())
+
+
+def test_the_same_seed_gives_the_same_net() -> None:
+    crops = synthetic_crops(20, 1, 5)
+    first, second = (train_dbn(crops, steps=4, seed=7).state_dict() for _ in range(2))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+
+
+def test_a_training_that_diverges_returns_the_best_net_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    proper, calls = GatedLayer.expected_residual_log_prob, []
+
+    def breaking(self: GatedLayer, e: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        value = proper(self, e, q)
+        return value if len(calls) < 8 else value * math.nan
+
+    monkeypatch.setattr(GatedLayer, "expected_residual_log_prob", breaking)
+    net = train_dbn(synthetic_crops(20, 1, 5), steps=12, seed=1)
+    monkeypatch.undo()
+    assert len(calls) > 8
+    assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
+    new = density_coordinates(synthetic_crops(5, 1, 6)[:, 0])
+    assert bool(torch.isfinite(net.log_prob_bound(new)).all())
+
+
+def test_the_papers_diagonal_net_is_trained_on_request() -> None:
+    checks: list[Monitor] = []
+    net = train_dbn(
+        synthetic_crops(30, 2, 1),
+        form="diagonal",
+        diagonal_units=32,
+        top_units=8,
+        steps=60,
+        progress=lambda share, monitor: checks.append(monitor),
+    )
+    assert isinstance(net.layer, DiagonalLayer)
+    assert max(monitor.bound for monitor in checks) > checks[0].bound
+
+
+def test_the_chosen_covariance_beats_the_sample_covariance_of_few_pictures() -> None:
+    y = augmented_coordinates(synthetic_crops(40, 1, 1))
+    found = fit_covariance(y, torch.arange(40) % 5)
+    new = density_coordinates(synthetic_crops(60, 1, 2)[:, 0])
+    ours = EllipticalDensity(found.mean.float(), found.inflation * found.covariance, found.nu).log_prob(new).mean()
+    theirs, _ = choose_elliptical(y.flatten(0, 1), new, student=True)
+    assert float(ours) > float(theirs.log_prob(new).mean()) + 20
+
+
+def test_a_field_that_depends_on_near_pixels_only_is_its_own_neighbourhood_covariance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = prior_training._pixel_basis(torch.zeros(1, dtype=torch.float64))
+    rows = torch.zeros(575, 576, dtype=torch.float64)
+    for i in range(575):
+        rows[i, i] = 1 + torch.rand((), generator=generator, dtype=torch.float64)
+        for step in (1, 24, 25):  # left, above, above left: all within a radius of 2
+            if i >= step and (step == 24 or i % 24):
+                rows[i, i - step] = -0.4 * torch.rand((), generator=generator, dtype=torch.float64)
+    inverse = torch.linalg.inv(rows @ basis)
+    covariance = inverse @ inverse.T
+    found = prior_training._neighbourhood_covariance(covariance, 2, 0.0)
+    # The ridge of 1e-6 on the neighbours' moments is all that keeps them apart.
+    torch.testing.assert_close(found, covariance, rtol=0, atol=float(1e-4 * covariance.abs().max()))
+
+
+def test_the_local_root_whitens_and_its_filters_stand_about_their_pixels() -> None:
+    y = augmented_coordinates(synthetic_crops(40, 1, 1))
+    covariance = prior_training._mixed(y, 3, 0.3, 0.4)[1]
+    root, directions = prior_training._local_root(covariance)
+    identity = torch.eye(575, dtype=torch.float64)
+    torch.testing.assert_close(root @ covariance @ root.T, identity, rtol=0, atol=1e-6)  # condition number 1e4
+    torch.testing.assert_close(directions.T @ directions, identity[:20, :20], rtol=0, atol=1e-10)
+    response = root @ prior_training._pixel_basis(root).T
+    assert float((response.abs().argmax(1) == torch.arange(575)).double().mean()) > 0.95
+
+
+def test_folds_and_validation_do_not_share_people() -> None:
+    people = torch.tensor([3, 3, 3, 7, 7, 9, 9, 9, 9, 1, 1, 5])
+    group = prior_training._groups(12, people, torch.device("cpu"))
+    fold = prior_training._folds(group)
+    held = prior_training._set_aside(group, torch.Generator().manual_seed(0))
+    for person in people.unique():
+        assert len(fold[people == person].unique()) == 1
+        assert len(held[people == person].unique()) == 1
+    assert 2 <= int(held.sum()) <= 6
+    assert len(fold.unique()) == 5
+
+
+def test_crops_that_cannot_be_learned_from_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 10"):
+        train_dbn(torch.rand(4, 1, 24, 24))
+    crops = torch.rand(12, 1, 24, 24)
+    crops[3, 0, 2, 2] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        train_dbn(crops)
