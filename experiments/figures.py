@@ -80,7 +80,7 @@ def scene_figure(
 
 
 def scenes_figure(
-    pictures: Sequence[Float[Tensor, "height width"]],
+    pictures: Sequence[Float[Tensor, "_ _"]],
     paths: Float[Tensor, "scene step 4"],
     draws: Float[Tensor, "scene draw 4"],
     *,
@@ -91,7 +91,7 @@ def scenes_figure(
     """Scenes beside one another in a grid, each as `scene_figure` draws it.
 
     Args:
-        pictures: of any sizes.
+        pictures: ``(height, width)`` luminance in [0, 1], of any sizes.
         paths: gaze by step of each scene.
         draws: draws of each scene's posterior.
         truths: true gazes; a row of NaN where one is not known.
