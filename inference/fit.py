@@ -260,8 +260,11 @@ def _choose_variant(
 
     Score: mean log posterior density of the truth within its mode, in the mode's chart, nats; a proper score: an
     overconfident variant loses as much as a vague one. The posterior is normalised by importance sampling
-    (`mode_points`). A scene counts for no less than `WORST`, so that no single one decides.
+    (`mode_points`). A scene counts for no less than `WORST`, so that no single one decides. Where no scene has a mode
+    near its truth nothing is changed, and there are no figures.
     """
+    if not any(bool((gazes.overlap(gaze, truth) > 0.3).any()) for (gaze, _), truth in zip(near, true, strict=True)):
+        return {}
     scores: dict[tuple[bool, float, float], list[Tensor]] = {}
     means: dict[tuple[bool, float, float], list[Tensor]] = {}
     start: list[Tensor] = []
@@ -314,7 +317,7 @@ def _evidence_weights(
     the modes found (a conditional logit, ridge towards weak equal weights). The constant lies midway between the
     weakest tenth of the right modes and the strongest tenth of the wrong ones.
     """
-    start = torch.tensor([0.02, 0.5, 0.5], dtype=torch.float64)
+    start, width = torch.tensor([0.1, 0.5, 0.5]).double(), torch.tensor([0.3, 0.5, 0.5]).double()
     everything = features.nan_to_num(neginf=-30.0).double()
     # Scenes whose object is not among the modes say nothing about how to choose among them.
     usable = (right & valid).any(-1)
@@ -327,7 +330,7 @@ def _evidence_weights(
         score = (x * w).sum(-1)
         of_right = torch.logsumexp(torch.where(good, score, -math.inf), -1)
         of_all = torch.logsumexp(torch.where(present, score, -math.inf), -1)
-        loss = (of_all - of_right).sum() + 2.0 * ((w - start) / (start + 0.05)).square().sum()
+        loss = (of_all - of_right).sum() + 0.5 * ((w - start) / width).square().sum()
         loss.backward()
         return loss
 
@@ -344,7 +347,10 @@ def _evidence_weights(
 
 
 def held_out(count: int, people: Sequence[str | None] | None, generator: torch.Generator) -> Bool[Tensor, " scene"]:
-    """Which scenes are kept for calibration: about 12 %, at most 60, whole people where people are known."""
+    """Which scenes are kept for calibration: about 12 %, at most 60, whole people where people are known.
+
+    Where every person has too many scenes to be held out, single scenes are.
+    """
     wanted = min(max(4, round(HELD_OUT * count)), MOST_HELD_OUT)
     person = _numbered(people)
     group = torch.arange(count) if person is None else person
@@ -355,6 +361,8 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
             held |= members
         if int(held.sum()) >= wanted:
             break
+    if not bool(held.any()):
+        held[torch.randperm(count, generator=generator)[:wanted]] = True
     return held
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.inference.glance import VIEW_STEP, glance_loss
+from foveate.inference.glance import VIEW_STEP, glance_loss, propose
 from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeChange, GazeGuide, change_chart
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -113,20 +113,22 @@ def train_looks(
     """Train the guide's window network; returns the mean loss of the last tenth of the steps.
 
     A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide
-    perturbations of the truth; a fifth more windows on clutter and off the object teach presence. v is the mean
-    canonical image, the object's own crop, or another picture of the same person (of anybody, where persons are
-    unknown).
+    perturbations of the truth; a third more windows teach presence: on clutter and off the object, half of them where
+    the glance would look in vain and where the looks lead from there. v is the mean canonical image, the object's own
+    crop, or another picture of the same person (of anybody, where persons are unknown).
     Loss: Huber on the mean, plus `nll_weight` × negative log-likelihood, plus cross-entropy of presence.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     device = next(guide.parameters()).device
     mean_canonical = data.canonical.mean(0)
     own = batch // 3
-    off = batch // 5
+    off = batch // 6
     pool: tuple[Tensor, Tensor] | None = None
     losses: list[float] = []
     modules = nn.ModuleList([guide.canonical, guide.votes])
     optimiser, schedule = _optimiser(modules, rate, steps)
+    guide.eval()
+    distractors = _Distractors.found(guide, data)
     guide.train()
     guide.glance.eval()
     for step in range(steps):
@@ -146,8 +148,9 @@ def train_looks(
             missed = _missed_windows(data, off, generator)
         window, target, mirrored = _mirror(window, target, canonical, generator)
         assert mirrored is not None
-        window = torch.cat([window, missed[:off]]).float()
-        mirrored = torch.cat([mirrored, mirrored[:off]])
+        vain, rows = distractors.windows(off, generator)
+        window = torch.cat([window, missed[:off], vain]).float()
+        mirrored = torch.cat([mirrored, mirrored[: off + len(rows)]])
         change = guide(_lighting(window, generator).to(device), _lighting(mirrored, generator).to(device))
         loss = _look_loss(change, target.to(device), batch, nll_weight)
         losses.append(_descend(loss, modules, optimiser, schedule, step))
@@ -156,6 +159,7 @@ def train_looks(
             # scenes themselves.
             guide.eval()
             moved, _ = guide.step(data.pyramid, start[:own], canonical[:own], scene[:own])
+            distractors.move(guide, rows, mean_canonical, generator)
             guide.train()
             guide.glance.eval()
             fresh = torch.rand(own, generator=generator) < 0.3
@@ -169,6 +173,47 @@ def train_looks(
             progress(step, steps, losses[-1])
     guide.eval()
     return _tail_mean(losses)
+
+
+class _Distractors:
+    """Gazes without the object that the glance proposes, and where the looks lead from them: what presence must refuse.
+
+    Convention: gazes in scene pixels of `pyramid`, which holds labelled scenes and clutter.
+    """
+
+    def __init__(self, pyramid: Pyramid, scene: Tensor, gaze: Tensor, truth: Tensor):
+        self.pyramid, self.scene, self.gaze, self.truth = pyramid, scene, gaze, truth
+        self.now = gaze.clone()
+
+    @classmethod
+    def found(cls, guide: GazeGuide, data: GuideData, most: int = 200, each: int = 6) -> "_Distractors":
+        """Proposals on up to `most` labelled scenes and pictures of clutter, without those that see the object."""
+        labelled = data.pyramid[torch.arange(min(most, len(data.pyramid)))]
+        pyramids, truths = [labelled], [data.gaze[: len(labelled)].double()]
+        if data.clutter is not None:
+            pyramids.append(data.clutter[torch.arange(min(most, len(data.clutter)))])
+            truths.append(torch.full((len(pyramids[1]), 4), math.nan, dtype=torch.float64))
+        gaze = torch.cat([propose(guide.glance, pyramid, each).gaze.double() for pyramid in pyramids])
+        truth = torch.cat(truths)[:, None].expand_as(gaze)
+        # A comparison with the unknown gaze of clutter is never true, so clutter always misses.
+        misses = ~(gazes.overlap(gaze, truth) > 0.05)
+        scene = torch.arange(len(gaze))[:, None].expand(misses.shape)
+        return cls(Pyramid.concatenate(pyramids), scene[misses], gaze[misses], truth[misses])
+
+    def windows(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Up to `n` windows and the rows they come from."""
+        rows = torch.randperm(len(self.now), generator=generator)[:n]
+        return self.pyramid.extract(self.now[rows], WINDOW, WINDOW_EXTENT, self.scene[rows]), rows
+
+    def move(self, guide: GazeGuide, rows: Tensor, canonical: Tensor, generator: torch.Generator) -> None:
+        """Follow the looks from these rows; four in ten, and those that have come upon the object, begin again."""
+        if len(rows) == 0:
+            return
+        v = canonical.float().expand(len(rows), -1, -1)
+        moved, _ = guide.step(self.pyramid, self.now[rows], v, self.scene[rows])
+        again = torch.rand(len(rows), generator=generator) < 0.4
+        again |= gazes.overlap(moved.double(), self.truth[rows]) > 0.05
+        self.now[rows] = torch.where(again[:, None], self.gaze[rows], moved.double())
 
 
 def _look_loss(change: GazeChange, target: Tensor, objects: int, nll_weight: float) -> Tensor:
