@@ -1,0 +1,396 @@
+"""Attending samples the posterior that brute force integrates, whatever shares the batch, and refuses bad input."""
+
+import copy
+import importlib
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import arviz
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.data import Scenes
+from foveate.inference.attend import attend, attend_batches, integrated_odds, mode_points, search
+from foveate.inference.glance import Proposals
+from foveate.inference.guide import GazeGuide
+from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
+from foveate.model.clutter import ClutterModel
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer, contrast_groups
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.patch import Pyramid, density_coordinates
+from foveate.model.rbm import BernoulliRBM
+
+# The package's function `attend` hides the module of the same name.
+attending = importlib.import_module("foveate.inference.attend")
+NOISE, TEMPERATURE = 0.7, 6.0
+SIZES = [(70, 90), (64, 64), (80, 60)]
+SCALES, ROTATIONS = (1.3, 1.0, 1.1), (0.15, -0.2, 0.0)
+SHORT: dict[str, Any] = {"chains": 2, "draws": 12, "warmup": 8, "guide_steps": 0}
+
+
+def waves(seed: int, points: Tensor, fastest: float) -> Tensor:
+    """A smooth random function of the plane of about unit variance: six waves of up to `fastest` radians a pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    frequency = fastest * (2 * torch.rand(6, 2, generator=generator, dtype=torch.float64) - 1)
+    phase = 2 * math.pi * torch.rand(6, generator=generator, dtype=torch.float64)
+    return torch.sin(points @ frequency.T + phase).sum(-1) / math.sqrt(3)
+
+
+def pattern(seed: int) -> Tensor:
+    """An object's canonical image."""
+    return 0.5 + 0.12 * waves(100 + seed, gazes.lattice(dtype=torch.float64), 0.35)
+
+
+def paint(size: tuple[int, int], seed: int, objects: list[tuple[int, Tensor]]) -> Tensor:
+    """A picture of soft clutter with objects at their gazes, pasted through a soft mask of a patch's size."""
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in size)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    pixels = torch.stack([x, y], -1)
+    picture = 0.5 + 0.08 * waves(seed, pixels, 0.3)
+    for which, gaze in objects:
+        inside = gazes.apply(gazes.inverse(gaze), pixels)
+        mask = torch.sigmoid((13.5 - inside.abs().amax(-1)) / 0.7)
+        picture = picture + mask * (0.5 + 0.12 * waves(100 + which, inside, 0.35) - picture)
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (picture + 0.01 * noise).clamp(0, 1).float()
+
+
+class World(NamedTuple):
+    """A model whose object is a planted pattern, a guide that knows nothing, and one object in each picture."""
+
+    model: AttentionModel
+    guide: GazeGuide
+    scenes: Scenes
+    start: Tensor
+
+
+def make_model(form: str = "diagonal", clutter: bool = True) -> AttentionModel:
+    """The object is normal about the planted pattern; the net, which only canonical draws read, is untrained."""
+    layer = DiagonalLayer(4) if form == "diagonal" else GatedLayer(2, 2, 4, contrast_groups())
+    core = EllipticalDensity.blank(575)
+    core.mean.copy_(density_coordinates(pattern(0)))
+    core.variances.fill_(0.2)
+    core.nu.fill_(math.inf)
+    dbn = DeepBeliefNet(layer, BernoulliRBM(4, 3), core)
+    dbn.set_log_z(0.0, 0.0)
+    if not clutter:
+        return AttentionModel(dbn, None, noise=NOISE, temperature=TEMPERATURE)
+    pyramid = Pyramid.build([paint((90, 90), 50 + i, []) for i in range(4)])
+    patches = density_coordinates(
+        pyramid.extract(gazes.GazePrior(pyramid.size.double()[:, None].expand(4, 150, 2)).sample())
+    )
+    # Noise beside the waves, so that no direction is free of variance.
+    patches = patches.flatten(0, 1) + 0.3 * torch.randn(600, 575, generator=torch.Generator().manual_seed(8))
+    return AttentionModel(dbn, ClutterModel.fit(patches), noise=NOISE, temperature=TEMPERATURE)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    torch.manual_seed(3)
+    centre = torch.tensor([[w / 2 + 3, h / 2 - 2] for h, w in SIZES]).double()
+    truth = gazes.from_parts(centre, torch.tensor(SCALES).double(), torch.tensor(ROTATIONS).double())
+    pictures = [paint(size, i, [(0, truth[i])]) for i, size in enumerate(SIZES)]
+    scenes = Scenes.from_pictures(pictures, ["first", "second", "third"], truth)
+    start = gazes.LocalChart(truth).to_gaze(torch.tensor([0.4, -0.3, 0.2, 0.3]).double().expand(3, 4))
+    return World(make_model(), GazeGuide(4).eval(), scenes, start)
+
+
+class Quadrature(NamedTuple):
+    """Of the posterior over chart coordinates: log of its integral, mean and sd."""
+
+    log_integral: float
+    mean: Tensor
+    sd: Tensor
+
+
+def log_posterior(
+    world: World, scene: int, base: Tensor, z: Tensor, canonical: Tensor | None = None, sd: Tensor | None = None
+) -> Tensor:
+    """Unnormalised log density of chart coordinates ``(n, 4)`` about `base`, from its formula."""
+    pyramid = Pyramid.build(world.scenes.pictures([scene]), oversampling=2.0, smallest=0.07)
+    chart = gazes.LocalChart(base)
+    gaze = chart.to_gaze(z)
+    y = density_coordinates(pyramid.extract(gaze[None])[0])
+    dense_object, dense_clutter = world.model.marginal_densities()
+    assert dense_clutter is not None
+    if canonical is None:
+        log_object = dense_object.log_prob(y)
+    else:
+        v = density_coordinates(canonical)
+        log_object = torch.distributions.Normal(v, NOISE).log_prob(y).sum(-1)
+    log_odds = (log_object - dense_clutter.log_prob(y)).double() / TEMPERATURE
+    log_p = log_odds + world.model.prior(pyramid.size[0].double()).log_prob(gaze) + chart.log_det(z)
+    return log_p if sd is None else log_p - 0.5 * (z / sd).square().sum(-1)
+
+
+def quadrature(
+    world: World, scene: int, base: Tensor, canonical: Tensor | None = None, sd: Tensor | None = None
+) -> Quadrature:
+    """Brute force: a grid of 9 to the fourth, 4.4 sds either way along axes that two grids before it have whitened.
+
+    Grids of 11 and 13 change its sds by 0.7 % at most (the pyramid has a kink at every sample).
+    """
+    centre, axes = torch.zeros(4).double(), 0.7 * torch.eye(4).double()
+    log_integral, covariance = math.nan, axes
+    for count in (7, 9, 9):
+        grid = torch.linspace(-4.4, 4.4, count, dtype=torch.float64)
+        z = centre + torch.cartesian_prod(grid, grid, grid, grid) @ axes.T
+        log_p = torch.cat([log_posterior(world, scene, base, part, canonical, sd) for part in z.split(1024)])
+        cell = 4 * math.log(float(grid[1] - grid[0])) + float(torch.linalg.slogdet(axes)[1])
+        log_integral = float(torch.logsumexp(log_p, 0)) + cell
+        weight = torch.softmax(log_p, 0)
+        centre = weight @ z
+        covariance = (z - centre).T @ (weight[:, None] * (z - centre))
+        axes = torch.linalg.cholesky(covariance)
+    return Quadrature(log_integral, centre, covariance.diagonal().sqrt())
+
+
+def assert_same_moments(draws: Tensor, base: Tensor, exact: Quadrature) -> None:
+    """Draws ``(chain, draw, 4)`` of gazes have the exact mean and sd within 4 Monte-Carlo standard errors."""
+    z = gazes.LocalChart(base).to_chart(draws)
+    for k in range(4):
+        mean, sd = float(exact.mean[k]), float(exact.sd[k])
+        square = (z[..., k] - mean).square()
+        mcse_mean = float(sd / np.sqrt(arviz.ess(z[..., k].numpy())))
+        # Of the square root of the mean square.
+        mcse_sd = float(square.std() / np.sqrt(arviz.ess(square.numpy())) / (2 * sd))
+        assert mcse_mean < 0.2 * sd and mcse_sd < 0.2 * sd
+        # Four standard errors in eight comparisons: one false alarm in two thousand. 1 %: the grid's own error.
+        assert abs(float(z[..., k].mean()) - mean) < 4 * mcse_mean + 0.01 * sd
+        assert abs(float(square.mean().sqrt()) - sd) < 4 * mcse_sd + 0.01 * sd
+
+
+@pytest.mark.parametrize(
+    ("scene", "given", "belief"),
+    [(0, False, False), (1, True, False), (0, False, True)],
+    ids=["collapsed", "canonical image given", "guide as prior"],
+)
+def test_draws_have_the_mean_and_sd_of_brute_force_quadrature(
+    world: World, scene: int, given: bool, belief: bool
+) -> None:
+    picture, base = world.scenes[scene : scene + 1], world.start[scene]
+    canonical = pattern(0).float()[None] if given else None
+    guide = copy.deepcopy(world.guide)
+    guide.prior_weight.fill_(float(belief))
+    pyramid = Pyramid.build(picture.pictures(), oversampling=2.0, smallest=0.07)
+    found = search(world.model, guide, pyramid, start=base[None], canonical=canonical, steps=0)
+    exact = quadrature(
+        world, scene, base, None if canonical is None else canonical[0], found.sd[0, 0] if belief else None
+    )
+    posterior = attend(
+        world.model, guide, picture, start=base[None], canonical=canonical, guide_steps=0, draws=120, warmup=50
+    )
+    assert_same_moments(posterior.gaze[0], base, exact)
+    # lp is the log density that was sampled, up to float32 rounding of 576 terms.
+    z = gazes.LocalChart(base).to_chart(posterior.gaze[0, 0])
+    expected = log_posterior(
+        world, scene, base, z, None if canonical is None else canonical[0], found.sd[0, 0] if belief else None
+    )
+    torch.testing.assert_close(posterior.statistics["lp"][0, 0].double(), expected, rtol=1e-4, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["hmc", "nuts"])
+def test_pyros_own_kernels_have_the_mean_and_sd_of_brute_force_quadrature(world: World, kernel: Any) -> None:
+    posterior = attend(
+        world.model,
+        world.guide,
+        world.scenes[:1],
+        start=world.start[:1],
+        guide_steps=0,
+        kernel=kernel,
+        chains=2,
+        draws=120,
+        warmup=40,
+    )
+    assert_same_moments(posterior.gaze[0], world.start[0], quadrature(world, 0, world.start[0]))
+    assert posterior.settings["kernel"] == kernel and set(posterior.statistics) == {"lp", "diverging"}
+
+
+def test_pyros_own_kernels_draw_from_the_same_density(world: World) -> None:
+    """The log density they report is that of the formula; their moments are held to it in the slow test."""
+    for kernel in ("hmc", "nuts"):
+        posterior = attend(
+            world.model,
+            world.guide,
+            world.scenes[:1],
+            start=world.start[:1],
+            kernel=kernel,
+            **SHORT | {"chains": 1, "draws": 4, "warmup": 2},
+        )
+        z = gazes.LocalChart(world.start[0]).to_chart(posterior.gaze[0, 0])
+        expected = log_posterior(world, 0, world.start[0], z)
+        torch.testing.assert_close(posterior.statistics["lp"][0, 0].double(), expected, rtol=1e-4, atol=0.02)
+
+
+def test_draws_of_a_scene_do_not_depend_on_what_shares_its_batch(world: World) -> None:
+    together = attend(world.model, world.guide, world.scenes, start=world.start, **SHORT)
+    alone = attend(world.model, world.guide, world.scenes, start=world.start, batch=1, **SHORT)
+    order = [2, 0, 1]
+    mixed = attend(world.model, world.guide, world.scenes.subset(order), start=world.start[order], batch=2, **SHORT)
+    assert alone.names == together.names and mixed.names == [together.names[i] for i in order]
+    for other, rows in ((alone, [0, 1, 2]), (mixed, order)):
+        torch.testing.assert_close(other.gaze, together.gaze[rows], rtol=0, atol=1e-6)
+        # Canonical images pass through float32 twice.
+        torch.testing.assert_close(other.canonical_draws, together.canonical_draws[rows], rtol=0, atol=1e-5)
+        torch.testing.assert_close(other.presence, together.presence[rows], rtol=0, atol=1e-5)
+        assert other.hashes == [together.hashes[i] for i in rows]
+
+
+def test_the_seed_alone_decides_the_draws(world: World) -> None:
+    def draws(seed: int) -> Tensor:
+        torch.manual_seed(seed + 17)
+        return attend(world.model, world.guide, world.scenes[:1], start=world.start[:1], seed=seed, **SHORT).gaze
+
+    first = draws(1)
+    assert torch.equal(first, draws(1))
+    assert not torch.isclose(first, draws(2)).any(-1).all()
+
+
+def test_chains_of_a_scene_differ(world: World) -> None:
+    gaze = attend(world.model, world.guide, world.scenes[:1], start=world.start[:1], **SHORT).gaze
+    assert not torch.isclose(gaze[0, 0], gaze[0, 1]).all(-1).any()
+
+
+def test_attending_in_batches_streams_the_same_posterior(world: World) -> None:
+    parts = list(attend_batches(world.model, world.guide, world.scenes, start=world.start, batch=2, **SHORT))
+    whole = attend(world.model, world.guide, world.scenes, start=world.start, batch=2, **SHORT)
+    assert [len(part) for part in parts] == [2, 1]
+    assert torch.equal(torch.cat([part.gaze for part in parts]), whole.gaze)
+
+
+def test_a_list_of_arrays_is_attended_like_scenes(world: World) -> None:
+    pictures = [world.scenes[0].picture.numpy()]
+    as_list = attend(world.model, world.guide, pictures, start=world.start[:1], **SHORT)
+    scenes = Scenes.from_pictures(pictures)
+    assert as_list.names == list(scenes.names) == ["picture_0000"]
+    assert torch.equal(as_list.gaze, attend(world.model, world.guide, scenes, start=world.start[:1], **SHORT).gaze)
+
+
+def test_a_gaussian_integrates_to_one_over_a_mode_and_to_a_hundredth_with_enough_points() -> None:
+    gaze, sd = torch.tensor([[[1.5, 0.4, 30.0, 20.0]]]).double(), torch.tensor([[[0.7, 1.3, 0.4, 2.0]]]).double()
+    for count, tolerance in ((64, 0.1), (1024, 0.02)):
+        points = mode_points(gaze, sd, count)
+        normal = torch.distributions.Normal(torch.zeros(4).double(), sd[..., None, :])
+        log_weight = normal.log_prob(points.z).sum(-1) - points.log_q
+        # A plain Monte-Carlo rule would have a standard error of sqrt(1.09 / count): 13 % and 3 %.
+        assert abs(float(log_weight.exp().mean()) - 1) < tolerance
+        torch.testing.assert_close(gazes.LocalChart(gaze[..., None, :]).to_chart(points.gaze), points.z)
+        assert torch.equal(points.log_det, gazes.LocalChart(gaze[..., None, :]).log_det(points.z))
+
+
+def test_integrated_odds_are_the_quadrature_of_the_posterior(world: World) -> None:
+    exact = quadrature(world, 0, world.start[0])
+    mode = gazes.LocalChart(world.start[0]).to_gaze(exact.mean)
+    pyramid = Pyramid.build(world.scenes.pictures([0]), oversampling=2.0, smallest=0.07)
+    found = float(integrated_odds(world.model, pyramid, mode[None, None], exact.sd[None, None]))
+    # An integral over gazes is the same in every chart. Many points come close to quadrature,
+    for count in (attending.POINTS, 4096):
+        points = mode_points(mode[None, None], exact.sd[None, None], count)
+        log_weight = log_posterior(world, 0, mode, points.z[0, 0]) - points.log_q[0, 0]
+        estimate = float(torch.logsumexp(log_weight, 0)) - math.log(count)
+        share = torch.softmax(log_weight, 0)
+        # Four standard errors of plain Monte Carlo with these weights (Sobol points undercut it), and the grid's 1 %.
+        assert abs(estimate - exact.log_integral) < 4 * float(share.square().sum().sqrt()) + 0.01
+        if count == attending.POINTS:
+            # and those that are used give what the formula gives, in float32.
+            assert found == pytest.approx(estimate, abs=0.02)
+
+
+def test_a_given_start_is_where_the_path_begins_and_nothing_is_searched(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Proposals:
+        raise AssertionError("searched although a start was given")
+
+    monkeypatch.setattr(attending, "propose", refuse)
+    posterior = attend(world.model, world.guide, world.scenes, start=world.start, **SHORT | {"guide_steps": 2})
+    assert torch.equal(posterior.path[:, 0], world.start)
+    assert posterior.path.shape == (3, 4, 4)  # start, two looks, posterior mean
+    assert torch.equal(posterior.path[:, -1], posterior.mean_gaze)
+    torch.testing.assert_close(posterior.modes[:, 0], posterior.path[:, -2])
+    assert posterior.settings["start"] == "given"
+    with pytest.raises(AssertionError, match="searched"):
+        attend(world.model, world.guide, world.scenes, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Tensor, Tensor]:
+    """A picture of two different objects, and their gazes."""
+    gaze = gazes.from_parts(
+        torch.tensor([[32.0, 34.0], [98.0, 38.0]]).double(), torch.tensor([1.2, 1.3]).double(), torch.zeros(2).double()
+    )
+    return paint((70, 130), 5, [(0, gaze[0]), (1, gaze[1])]), gaze
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_given_canonical_image_picks_the_object_whose_image_it_is(
+    world: World, pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    picture, gaze = pair
+    proposed = Proposals(gaze[None].float(), torch.zeros(1, 2))
+    monkeypatch.setattr(attending, "propose", lambda glance, pyramid, count: proposed)
+    v = pattern(wanted).float()[None]
+    posterior = attend(world.model, world.guide, [picture], canonical=v, modes=3, **SHORT)
+    overlap = gazes.overlap(posterior.mean_gaze, gaze)
+    # 0.5 is the paper's bound of success; a few draws scatter about the truth.
+    assert overlap[wanted] > 0.5 and overlap[1 - wanted] == 0
+    # Both are modes, the wanted one has all the weight, and there is no third.
+    assert gazes.overlap(posterior.modes[0, 1], gaze[1 - wanted]) > 0.99
+    assert posterior.weights[0, 0] > 0.99 and posterior.weights[0, 2] == 0
+    assert bool(posterior.modes[0, 2].isnan().all())
+    torch.testing.assert_close(posterior.canonical, v)
+
+
+def test_canonical_images_of_a_gated_net_are_pictures_like_the_patch(world: World) -> None:
+    posterior = attend(
+        make_model("gated"), world.guide, world.scenes[:1], start=world.start[:1], **SHORT | {"draws": 2, "chains": 1}
+    )
+    assert posterior.canonical_draws.shape == (1, 1, 2, 24, 24)
+    assert 0 <= posterior.canonical_draws.min() and posterior.canonical_draws.max() <= 1
+    pyramid = Pyramid.build(world.scenes.pictures([0]), oversampling=2.0, smallest=0.07)
+    torch.testing.assert_close(posterior.patch, pyramid.extract(posterior.mean_gaze[:, None])[:, 0])
+
+
+def refused(
+    world: World, message: str, pictures: Any = None, model: AttentionModel | None = None, **options: Any
+) -> None:
+    """Attending raises an `InputError`, also where no shape checker has looked first: as users run it."""
+    given = world.scenes if pictures is None else pictures
+    with pytest.raises(InputError, match=message):
+        next(inspect.unwrap(attend_batches)(model or world.model, world.guide, given, **options))
+
+
+def test_arguments_that_do_not_fit_are_refused_by_name(world: World) -> None:
+    refused(world, "no pictures", [])
+    refused(world, r"start has shape \(2, 4\): needed is one gaze a picture, \(3, 4\)", start=world.start[:2])
+    refused(world, r"start has shape \(3, 3\)", start=world.start[:, :3])
+    refused(world, "not finite or of scale 0", start=world.start * math.nan)
+    refused(world, "not finite or of scale 0", start=world.start * torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    refused(world, r"canonical has shape \(1, 24, 24\): needed .* \(3, 24, 24\)", canonical=torch.rand(1, 24, 24))
+    refused(world, "canonical holds values that are not finite", canonical=torch.full((3, 24, 24), math.nan))
+    refused(world, "kernel='gibbs': one of 'batched', 'hmc', 'nuts'", kernel="gibbs")
+    for name, value in (("chains", 0), ("draws", 0), ("warmup", -1), ("modes", 0), ("guide_steps", -1), ("batch", 0)):
+        refused(world, f"{name}={value}", **{name: value})
+
+
+def test_pictures_that_are_none_are_refused_by_number(world: World) -> None:
+    good = torch.rand(40, 40)
+    bad = good.clone()
+    bad[3, 4] = math.nan
+    refused(world, "picture 1 has pixels that are not finite", [good, bad])
+    refused(world, r"picture 1 has shape \(3, 40, 40\): needed is \(height, width\)", [good, good.expand(3, 40, 40)])
+    refused(world, r"picture 0 has shape \(1, 1\)", [good[:1, :1]])
+
+
+def test_a_model_without_clutter_is_refused_with_the_reason(world: World) -> None:
+    bare = make_model(clutter=False)
+    refused(world, "attending needs a clutter model", model=bare)
+    # With v given the paper's likelihood can be followed; that is allowed.
+    v = pattern(0).float().expand(1, 24, 24)
+    attend(bare, world.guide, world.scenes[:1], start=world.start[:1], canonical=v, **SHORT)

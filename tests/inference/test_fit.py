@@ -1,0 +1,258 @@
+"""The bootstrap: what is held out, what calibration recovers from simulations, and a run that comes back from disk."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.data import Scenes, orl_scenes
+from foveate.inference.attend import attend
+from foveate.inference.checkpoint import Run, load, save
+from foveate.inference.fit import crops_of, fit
+from foveate.inference.guide import GazeChange, GazeGuide, change_chart
+from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
+from foveate.model.clutter import ClutterModel
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.patch import Pyramid, density_coordinates, extract
+from foveate.model.rbm import BernoulliRBM
+
+# The package's function `fit` hides the module of the same name.
+fitting = importlib.import_module("foveate.inference.fit")
+STEPS: dict[str, Any] = {"glance_steps": 3, "look_steps": 2, "dbn_steps": 2, "width": 4}
+
+
+def soft_scenes(count: int, people: list[str | None] | None = None) -> Scenes:
+    """Pictures of soft noise of two sizes with gazes near their middles."""
+    generator = torch.Generator().manual_seed(2)
+    pictures, truth = [], []
+    for i in range(count):
+        height, width = ((60, 80), (72, 56))[i % 2]
+        coarse = torch.rand(1, 1, 9, 9, generator=generator)
+        picture = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+        pictures.append(picture[0, 0].clamp(0, 1))
+        truth.append([1.1, 0.2, width / 2 + i % 3, height / 2])
+    return Scenes.from_pictures(pictures, gazes=torch.tensor(truth).double(), people=people)
+
+
+def quick_net(crops: Tensor, **options: Any) -> DeepBeliefNet:
+    """In place of `train_dbn`: an elliptical core fitted to the crops, under units that have learned nothing."""
+    core = EllipticalDensity.fit(density_coordinates(crops).flatten(0, 1), 0.05, 8.0)
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), core)
+    dbn.set_log_z(7 * math.log(2), 0.0)
+    return dbn
+
+
+def quick_model() -> AttentionModel:
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), EllipticalDensity.blank(575))
+    return AttentionModel(dbn, ClutterModel(EllipticalDensity.blank(575)))
+
+
+@pytest.mark.parametrize("count", [24, 100, 900])
+def test_held_out_scenes_are_about_an_eighth_and_at_most_sixty(count: int) -> None:
+    held = fitting.held_out(count, None, torch.Generator().manual_seed(0))
+    assert int(held.sum()) == min(max(4, round(0.12 * count)), 60)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_people_are_whole(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    number = torch.randint(0, 30, (300,), generator=generator).tolist()
+    people = [None if n == 0 else f"person {n}" for n in number]
+    held = fitting.held_out(300, people, generator)
+    for n in range(1, 31):
+        of_person = held[torch.tensor(number) == n]
+        assert bool(of_person.all()) or not bool(of_person.any())
+    # Wanted are 36; a last person may bring it to half as many more.
+    assert 36 <= int(held.sum()) <= 54
+
+
+@pytest.mark.parametrize("people", [["only one"] * 24, ["one", "other"] * 12], ids=["one person", "two people"])
+def test_with_too_few_people_to_hold_one_out_single_scenes_are(people: list[str]) -> None:
+    held = fitting.held_out(24, people, torch.Generator().manual_seed(0))
+    assert int(held.sum()) == 4
+
+
+def test_people_are_numbered_and_strangers_are_people_of_their_own() -> None:
+    assert fitting._numbered(None) is None
+    number = fitting._numbered(["a", None, "b", "a", None])
+    assert number is not None and number[0] == number[3] and len(number.unique()) == 4
+
+
+def test_crops_begin_with_the_exact_one_and_are_jittered_a_little() -> None:
+    scenes = soft_scenes(3)
+    truth = scenes.gazes
+    assert truth is not None
+    crops = crops_of(scenes, truth, torch.Generator().manual_seed(0))
+    assert crops.shape == (3, fitting.VERSIONS, 24, 24)
+    for i in range(3):
+        torch.testing.assert_close(crops[i, 0], extract(scenes.pictures([i])[0], truth[i]).float())
+        # Less than two canonical pixels (4 sds), 8 % and 0.08 rad away: far nearer than a patch moved by six pixels.
+        moved = extract(scenes.pictures([i])[0], gazes.compose(truth[i], torch.tensor([1.0, 0.0, 6.0, 0.0]).double()))
+        away = (crops[i, 1:] - crops[i, 0]).square().mean((-2, -1))
+        assert bool((away > 0).all()) and bool((away < 0.3 * (moved - crops[i, 0]).square().mean()).all())
+
+
+def simulated_features(direction: Tensor, scenes: int = 800, modes: int = 4) -> tuple[Tensor, Tensor]:
+    """Features of modes, and which one is right: chosen with the probabilities of a conditional logit."""
+    generator = torch.Generator().manual_seed(6)
+    spread = torch.tensor([40.0, 2.0, 2.0]).double()
+    features = spread * torch.randn(scenes, modes, 3, generator=generator, dtype=torch.float64)
+    chosen = torch.multinomial(torch.softmax((features * direction).sum(-1), -1), 1, generator=generator)
+    return features, torch.zeros(scenes, modes, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def test_weights_of_the_evidence_recover_the_conditional_logit_that_made_the_choices() -> None:
+    direction = torch.tensor([0.05, 1.0, 0.3]).double()
+    features, right = simulated_features(direction)
+    weights = fitting._evidence_weights(features, right, torch.ones_like(right)).double()
+    # Standard errors of 800 choices are about 6 % of the weights, or 0.06 for those of unit size; 4 of them.
+    torch.testing.assert_close(weights[:3], direction, rtol=0.25, atol=0.1 * direction.min().item())
+    # The constant lies between right modes and wrong ones: most of each fall on their side of 0.
+    score = (features * weights[:3]).sum(-1) + weights[3]
+    assert (score[right] > 0).double().mean() > 0.5 and (score[~right] < 0).double().mean() > 0.5
+
+
+def test_modes_that_are_not_there_say_nothing_about_the_weights() -> None:
+    features, right = simulated_features(torch.tensor([0.05, 1.0, 0.3]).double(), scenes=60)
+    padded = torch.cat([features, torch.full((60, 2, 3), -math.inf).double()], 1)
+    nowhere = torch.zeros(60, 2, dtype=torch.bool)
+    found = fitting._evidence_weights(
+        padded, torch.cat([right, nowhere], 1), torch.cat([torch.ones_like(right), nowhere], 1)
+    )
+    torch.testing.assert_close(found, fitting._evidence_weights(features, right, torch.ones_like(right)))
+
+
+@pytest.mark.parametrize("which", ["no wrong mode", "no right mode"])
+def test_weights_are_finite_and_not_negative_where_there_is_nothing_to_choose(which: str) -> None:
+    features, _ = simulated_features(torch.tensor([0.05, 1.0, 0.3]).double(), scenes=10)
+    features[:, :, 1] = -math.inf  # a start was given: no glance
+    valid = torch.ones(10, 4, dtype=torch.bool)
+    right = valid if which == "no wrong mode" else ~valid
+    weights = fitting._evidence_weights(features, right, valid)
+    assert bool(torch.isfinite(weights).all()) and bool((weights[:3] >= 0).all())
+
+
+class OverconfidentGuide(GazeGuide):
+    """A guide whose looks are right on average and twice as far off as it says."""
+
+    def __init__(self, truth: Tensor) -> None:
+        super().__init__(4)
+        self.truth, self.claimed = truth, torch.tensor([0.02, 0.03, 0.02, 0.04])
+
+    def look(self, pyramid: Any, gaze: Tensor, canonical: Tensor, scene: Tensor) -> GazeChange:
+        generator = torch.Generator().manual_seed(1)
+        error = 2 * self.claimed * torch.randn(len(gaze), 4, generator=generator)
+        mean = change_chart(gaze).to_chart(self.truth[scene]).float() + error
+        log_sd = self.claimed.log().expand_as(mean) + self.log_sd_offset
+        return GazeChange(mean, log_sd, torch.zeros(len(gaze)))
+
+
+def test_calibration_of_sds_recovers_a_factor_of_two() -> None:
+    count = 400
+    truth = torch.tensor([1.2, 0.1, 40.0, 30.0]).double().expand(count, 4)
+    guide = OverconfidentGuide(truth)
+    near = gazes.LocalChart(truth).to_gaze(torch.tensor([0.5, -0.5, 0.3, 0.2]).double().expand(count, 4))
+    unseen = [Pyramid.build([torch.zeros(8, 8)])]
+    fitting._calibrate_sds(quick_model(), guide, unseen, [(near, torch.ones(count, 4).double())], [truth])
+    # The median of 400 absolute normals has a relative standard error of 1.17 / 20 = 6 %; 4 of them.
+    torch.testing.assert_close(guide.log_sd_offset, torch.full((4,), math.log(2.0)), rtol=0, atol=0.24)
+
+
+def test_sds_stay_as_they_are_when_few_scenes_are_close() -> None:
+    truth = torch.tensor([1.2, 0.1, 40.0, 30.0]).double().expand(20, 4)
+    guide = OverconfidentGuide(truth)
+    far = gazes.compose(truth, torch.tensor([1.0, 0.0, 30.0, 0.0]).double())
+    far[:7] = truth[:7]
+    unseen = [Pyramid.build([torch.zeros(8, 8)])]
+    fitting._calibrate_sds(quick_model(), guide, unseen, [(far, torch.ones(20, 4).double())], [truth])
+    assert torch.equal(guide.log_sd_offset, torch.zeros(4))
+
+
+@pytest.mark.parametrize("with_guide", [False, True])
+def test_the_guide_becomes_a_prior_where_pictures_say_nothing_and_it_is_right(with_guide: bool) -> None:
+    """The odds of blank pictures are flat: left are the prior and a belief that is right or far too narrow."""
+    generator = torch.Generator().manual_seed(4)
+    scenes, sd = 12, torch.ones(4).double()
+    pyramid = Pyramid.build([torch.full((80, 80), 0.5)] * scenes)
+    gaze = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(scenes, 4)
+    # Right: truths spread as the belief says. Wrong: five times as far, where the belief makes them improbable.
+    z = (1 if with_guide else 5) * sd * torch.randn(scenes, 4, generator=generator, dtype=torch.float64)
+    z = z.clamp(-1, 1) if with_guide else z
+    truth = gazes.LocalChart(gaze).to_gaze(z)
+    model, guide = quick_model(), GazeGuide(4)
+    figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd.expand(scenes, 4))], [truth])
+    assert figures["guide_prior"] is with_guide and float(guide.prior_weight) == with_guide
+    assert model.temperature in fitting.TEMPERATURES and model.noise in fitting.NOISES
+    assert figures["validation_log_density"] >= figures["validation_log_density_without_guide_prior"] - 0.05
+
+
+def test_the_variant_stays_as_it_is_when_no_mode_is_near_the_truth() -> None:
+    pyramid = Pyramid.build([torch.rand(80, 80)] * 2)
+    gaze = torch.tensor([1.0, 0.0, 20.0, 20.0]).double().expand(2, 4)
+    truth = torch.tensor([1.0, 0.0, 60.0, 60.0]).double().expand(2, 4)
+    model, guide = quick_model(), GazeGuide(4)
+    model.noise, model.temperature = 0.8, 5.0
+    assert fitting._choose_variant(model, guide, [pyramid], [(gaze, torch.ones(2, 4).double())], [truth]) == {}
+    assert (model.noise, model.temperature, float(guide.prior_weight)) == (0.8, 5.0, 0.0)
+
+
+def assert_same_run_from_disk(run: Run, scenes: Scenes, path: Path) -> None:
+    save(run, path)
+    found = load(path)
+    options: dict[str, Any] = {"chains": 2, "draws": 5, "warmup": 3, "guide_steps": 1, "seed": 7}
+    first = attend(run.model, run.guide, scenes.subset([0, 1]), **options)
+    second = attend(found.model, found.guide, scenes.subset([0, 1]), **options)
+    for name in ("gaze", "modes", "weights", "presence", "path", "canonical_draws"):
+        torch.testing.assert_close(getattr(second, name), getattr(first, name), rtol=0, atol=0, equal_nan=True)
+    assert bool(torch.isfinite(first.gaze).all())
+
+
+def test_fitting_returns_a_run_that_attends_the_same_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "train_dbn", quick_net)
+    scenes = soft_scenes(14, [f"person {i // 2}" for i in range(14)])
+    seen: list[str] = []
+    run = fit(scenes, progress=lambda stage, done, total, figure: seen.append(stage), **STEPS)
+    assert list(dict.fromkeys(seen)) == ["reading", "glance", "look", "calibrating"]
+    assert (seen.count("reading"), seen.count("glance"), seen.count("look")) == (14, 3, 2)
+    assert run.config["scenes"] == 14 and run.config["held_out"] == 4 and run.config["clutter_pictures"] == 0
+    assert 0 <= run.config["validation_accuracy"] <= 1
+    assert bool(torch.isfinite(run.guide.evidence).all())
+    for name in ("gaussian", "student_t"):
+        assert float(run.model.baselines[name].variances.sum()) != 575.0  # no longer blank
+    assert_same_run_from_disk(run, scenes, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_fitting_composed_faces_with_clutter_and_the_real_prior(tmp_path: Path) -> None:
+    scenes = orl_scenes("train", 24, seed=0, sizes=[(120, 160), (100, 100)])
+    run = fit(scenes, soft_scenes(3), **STEPS)
+    assert run.config["clutter_pictures"] == 3
+    assert math.isfinite(float(run.model.dbn.log_z))
+    assert_same_run_from_disk(run, scenes, tmp_path / "run")
+
+
+def test_the_gaze_prior_is_that_of_the_training_gazes_made_wider() -> None:
+    pyramid = Pyramid.build([torch.zeros(100, 200)])[torch.zeros(50, dtype=torch.int64)]
+    generator = torch.Generator().manual_seed(0)
+    log_scale = math.log(30.0 / 24) + 0.4 * torch.randn(50, generator=generator, dtype=torch.float64)
+    truth = gazes.from_parts(torch.rand(50, 2).double(), log_scale.exp(), torch.zeros(50).double())
+    options = fitting._prior_options(pyramid, truth)
+    # Median width 30 pixels of 100, to 4 standard errors of a mean of 50 (23 %); half as wide again as the sample.
+    assert options["typical"] == pytest.approx(0.3, rel=0.23)
+    assert options["log_scale_sd"] == pytest.approx(1.5 * float(log_scale.std()))
+    assert options["rotation_sd"] == 0.15
+
+
+def test_scenes_without_gazes_or_too_few_are_refused() -> None:
+    scenes = soft_scenes(12)
+    with pytest.raises(InputError, match="training needs a true gaze for every scene"):
+        fit(Scenes.from_pictures(scenes.pictures()), **STEPS)
+    with pytest.raises(InputError, match="11 scenes to train on: at least 12"):
+        fit(scenes.subset(range(11)), **STEPS)
