@@ -6,7 +6,7 @@ Gibbs on v and h with HMC on the gaze). Pyro itself refuses discrete sites besid
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,8 @@ class HMCWithinGibbs(MCMCKernel):
                         f"there is an update for '{name}', which is no latent site of the model: "
                         f"{trace.stochastic_nodes}"
                     )
-            self._values = {name: given.get(name, trace.nodes[name]["value"].detach()) for name in self.updates}
+            drawn = {name: cast(Tensor, trace.nodes[name]["value"]).detach() for name in self.updates}
+            self._values = {name: given.get(name, value) for name, value in drawn.items()}
         else:
             missing = [name for name in self.updates if name not in given]
             if missing:
@@ -202,6 +203,7 @@ class HMCWithinGibbs(MCMCKernel):
         self.hmc.cleanup()
 
     def _conditioned(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
         return poutine.condition(self.model, data=self._values)(*args, **kwargs)
 
 
