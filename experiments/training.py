@@ -1,6 +1,7 @@
 """The commands `train` (a run from labelled scenes) and `sample` (what a run's prior believes in)."""
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -74,9 +75,9 @@ class Train(Common):
         scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
         clutter = default_clutter(self.clutter, self.seed)
         announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
-        scenes.preload(progress=True)
+        scenes.preload(progress=sys.stderr.isatty())
         if clutter is not None:
-            clutter.preload(progress=True)
+            clutter.preload(progress=sys.stderr.isatty())
         run = fit_logged(scenes, clutter, self.out, self.budget, self.seed, self.torch_device)
         print(f"{self.out}: accuracy on scenes held out {run.config['validation_accuracy']:.3f}")
 
