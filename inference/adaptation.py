@@ -121,6 +121,7 @@ class Adaptation:
         """
         shorter = 1.0 - self.options.jitter * fraction
         if not self.length_given:
+            assert self.options.num_steps is not None
             return Plan(self.step_size * shorter, self.options.num_steps)
         length = self._length * shorter
         most = (
@@ -201,12 +202,17 @@ class Adaptation:
         self._refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``log_step (*batch)``, ``inverse_mass (*batch, d)``, ``log_length (*batch)`` (per scene with ChEES)."""
-        return {"log_step": self.log_step, "inverse_mass": self.inverse_mass, "log_length": self.log_length}
+        """What was adapted: ``log_step`` and ``log_length (*batch)``, ``inverse_mass (*batch, d)``."""
+        length = self._per_element(self.log_length).expand_as(self.log_step)
+        return {"log_step": self.log_step, "inverse_mass": self.inverse_mass, "log_length": length}
 
     def load(self, log_step: Tensor, inverse_mass: Tensor, log_length: Tensor) -> None:
-        """Start from adapted quantities of these shapes."""
-        self.inverse_mass, self.log_length, self._log_length_average = inverse_mass, log_length, log_length
+        """Start from adapted quantities as `state_dict` gives them."""
+        self.inverse_mass = inverse_mass
+        # The chains of a scene were given the same length; a chain that is new among them only pulls it towards the
+        # default.
+        self.log_length = log_length.mean(-1) if self.options.chees else log_length
+        self._log_length_average = self.log_length
         self._metric_known = True
         self.restart_step_size(log_step)
 

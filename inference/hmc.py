@@ -8,7 +8,7 @@ scale``, so that one coefficient, step size times scale, serves both halves of a
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -334,10 +334,11 @@ class _Chains:
         self.move(position.detach())
         self._require_finite()
         self.adaptation = Adaptation(options, self.position, warmup_steps)
+        new = torch.ones_like(self.energy, dtype=torch.bool)
         if carried:
-            self._load(carried)
-        elif warmup_steps and options.adapt_step_size:
-            self._seek_step_size(strict=True)
+            new = ~self._load(carried)
+        if warmup_steps and options.adapt_step_size and bool(new.any()):
+            self._seek_step_size(new, strict=True)
 
     @property
     def trajectory(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -388,34 +389,30 @@ class _Chains:
             if self.options.chees:
                 adaptation.update_length(fraction, start, position, momentum, accept_prob)
             if adaptation.update(self.draw, self.position, self.gradient, accept_prob) and self.options.adapt_step_size:
-                self._seek_step_size(strict=False)
+                self._seek_step_size(torch.ones_like(accepted), strict=False)
         return self.last
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"streams": self.streams} | self.adaptation.state_dict()
 
-    def _load(self, carried: dict[str, Tensor]) -> None:
-        """Take over the adaptation of the elements whose stream key is known."""
-        own = self.adaptation.state_dict()
-        shape = tuple(self.streams.shape)
-        known = {key: row for row, key in enumerate(carried["streams"].reshape(-1).tolist())}
+    def _load(self, carried: dict[str, Tensor]) -> Tensor:
+        """Take over the adaptation of the elements whose stream key is known; returns which they are."""
+        keys, shape = carried["streams"].reshape(-1), self.streams.shape
+        if carried["inverse_mass"].shape[-1] != self.position.shape[-1]:
+            raise InputError(
+                f"the carried adaptation is of {carried['inverse_mass'].shape[-1]} coordinates, this potential has "
+                f"{self.position.shape[-1]}: it belongs to another model"
+            )
+        known = {key: row for row, key in enumerate(keys.tolist())}
         rows = torch.tensor([known.get(key, -1) for key in self.streams.reshape(-1).tolist()])
-        found = (rows >= 0).reshape(shape)
+        found = (rows >= 0).reshape(shape).to(self.position.device)
         merged = {}
-        for name, value in own.items():
-            pooled = value.ndim < len(shape)  # a length that the chains of a scene share
-            source = carried[name].to(value)
-            flat = source.reshape(-1, *source.shape[carried["streams"].ndim :]) if not pooled else source
-            if pooled:
-                per_scene = carried["streams"].shape[-1]
-                index, keep = rows.reshape(shape)[..., 0] // per_scene, found[..., 0]
-                flat = source.reshape(-1)
-            else:
-                index, keep = rows.reshape(shape), found
-            picked = flat[index.clamp_min(0).to(flat.device)]
-            keep = keep.to(value.device).reshape(keep.shape + (1,) * (value.ndim - keep.ndim))
-            merged[name] = torch.where(keep, picked, value)
+        for name, value in self.adaptation.state_dict().items():
+            source = carried[name].to(value).reshape(len(keys), *value.shape[len(shape) :])
+            picked = source[rows.clamp_min(0).to(source.device)].reshape(value.shape)
+            merged[name] = torch.where(found.reshape(*shape, *[1] * (value.ndim - len(shape))), picked, value)
         self.adaptation.load(**merged)
+        return found
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Momenta, log uniforms and jitter of the next draw."""
@@ -457,18 +454,18 @@ class _Chains:
                 momentum = torch.addcmul(momentum, now, gradient, value=-1.0)
         return z, torch.addcmul(momentum, step, gradient, value=0.5), energy, gradient
 
-    def _seek_step_size(self, strict: bool) -> None:
+    def _seek_step_size(self, active: Tensor, strict: bool) -> None:
         """Double or halve each element's step size until the acceptance of one step crosses 0.8.
 
         Hoffman and Gelman 2014, algorithm 4, with Stan's bound.
 
         Args:
+            active: elements that seek.
             strict: raise where any step whatsoever is accepted.
         """
         adaptation, size = self.adaptation, self.position.shape[-1]
         log_step = first = adaptation.log_step
         direction = torch.zeros_like(log_step)
-        active = torch.ones_like(log_step, dtype=torch.bool)
         endless = torch.zeros_like(active)
         for doubling in range(_DOUBLINGS):
             momentum = torch.from_numpy(self.noise.normal(Purpose.SEARCH, self.draw * _DOUBLINGS + doubling, 1, size))[
@@ -644,7 +641,7 @@ class _ModelDensity:
                     "(pyro.condition), or draw it "
                     "by Gibbs next to HMC with foveate.inference.gibbs.HMCWithinGibbs"
                 )
-            value = node["value"].detach()
+            value = cast(Tensor, node["value"]).detach()
             if value.ndim < batch_dims:
                 raise InputError(
                     f"site '{name}' has shape {tuple(value.shape)}, but batch_dims={batch_dims}: put it in the plate "
@@ -734,6 +731,6 @@ def _stacked(history: list[HMCStatistics]) -> HMCStatistics:
 
 
 def _listed(elements: list[tuple[int, ...]]) -> str:
-    shown = ", ".join(str(element if len(element) > 1 else element[0]) for element in elements[:5])
+    shown = ", ".join(str(element if len(element) > 1 else next(iter(element))) for element in elements[:5])
     more = f" and {len(elements) - 5} more" if len(elements) > 5 else ""
     return f"element{'s' if len(elements) > 1 else ''} {shown}{more}"

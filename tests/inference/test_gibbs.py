@@ -10,8 +10,13 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from foveate.inference.gibbs import ElementNoise, HMCWithinGibbs
+from foveate.inference.gibbs import ElementNoise, HMCWithinGibbs, attention_kernel
+from foveate.model.attention import AttentionModel
+from foveate.model.clutter import ClutterModel
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
+from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
+from foveate.model.rbm import BernoulliRBM
 
 OBSERVED = torch.tensor([-1.5, 0.2, 2.5], dtype=torch.float64)
 CENTRES = torch.tensor([-2.0, 1.0], dtype=torch.float64)
@@ -123,6 +128,35 @@ def test_several_numbers_of_one_update_differ():
     flat = torch.cat([part.flatten() for group in seen for part in group])
     assert seen[0][2].shape == (3, 1, 3)
     assert flat.unique().numel() == flat.numel()
+
+
+@pytest.mark.parametrize("update", ["exact", "recognition"])
+def test_the_attention_model_runs_with_hidden_and_canonical_by_gibbs_and_the_gaze_by_hmc(update):
+    generator = torch.Generator().manual_seed(2)
+    layer, top = DiagonalLayer(4), BernoulliRBM(4, 3)
+    with torch.no_grad():
+        layer.weight.copy_(0.1 * torch.randn(575, 4, generator=generator))
+    dbn = DeepBeliefNet(layer, top, EllipticalDensity.blank(575))
+    dbn.set_log_z(0.0, 0.0)
+    model = AttentionModel(dbn, ClutterModel(EllipticalDensity.blank(575)), noise=0.5, temperature=0.5)
+    pictures = [torch.rand(40, 60, generator=generator), torch.rand(50, 44, generator=generator)]
+    start = {
+        "gaze": torch.tensor([[1.0, 0.0, 30.0, 20.0], [1.2, 0.1, 22.0, 25.0]]),
+        "hidden": torch.zeros(2, 4),
+        "canonical": torch.zeros(2, 575),
+    }
+    kernel = attention_kernel(model, pictures, hidden_update=update, seed=1, step_size=0.01, num_steps=3)
+    mcmc = MCMC(kernel, num_samples=6, warmup_steps=6, initial_params=start, disable_progbar=True)
+    mcmc.run(pictures)
+    samples = mcmc.get_samples()
+    assert samples["gaze"].shape == (6, 2, 4) and samples["canonical"].shape == (6, 2, 575)
+    assert ((samples["hidden"] == 0) | (samples["hidden"] == 1)).all()
+    assert kernel.statistics.acceptance_rate.mean() > 0.1
+    # v sees the patch at noise 0.5 / sqrt(0.5), and its prior at a noise of 1: closer to the patch than the prior would
+    # be.
+    assert samples["canonical"].std() < 1.0
+    with pytest.raises(InputError, match="no site 'hidden'"):
+        attention_kernel(model.with_latent("collapsed"), pictures)
 
 
 def test_bad_arguments_are_refused():

@@ -303,7 +303,7 @@ def test_chees_lengthens_trajectories_where_the_metric_cannot_help():
             adapt_mass_matrix=False,
             adaptation=state,
         )
-        lengths[chees] = state["log_length"].exp()
+        lengths[chees] = state["log_length"][:, 0].exp()
         ess[chees] = arviz.ess((draws[0] @ rotation[:, 0]).numpy())
     assert lengths[True].shape == (2,)
     assert (lengths[True] > 4 * 0.5).all()
@@ -342,6 +342,24 @@ def test_adaptation_is_carried_over_by_stream_key():
     unknown.setup(0)
     assert torch.equal(unknown.state_dict()["inverse_mass"][0], state["inverse_mass"][1])
     assert torch.equal(unknown.state_dict()["inverse_mass"][1], torch.ones(2, dtype=torch.float64))
+    other = BatchedHMC(value_and_grad_fn=gaussian(torch.ones(3, dtype=torch.float64)), seed=1)
+    other.initial_params = {"z": torch.zeros(3, 3, dtype=torch.float64)}
+    other.load_state_dict(state)
+    with pytest.raises(InputError, match="of 2 coordinates, this potential has 3"):
+        other.setup(0)
+
+
+def test_a_carried_trajectory_length_belongs_to_its_scene():
+    options = {"num_samples": 5, "seed": 1, "chees": True, "trajectory_length": 0.5}
+    function, start = gaussian(torch.ones(2, dtype=torch.float64)), torch.ones(3, 4, 2, dtype=torch.float64)
+    state: dict[str, Tensor] = {}
+    sample_batch(function, start, warmup_steps=60, adaptation=state, **options)
+    assert (state["log_length"].std(-1) == 0).all() and state["log_length"].unique().numel() == 3
+    scene = state["log_length"][2, 0].item()
+    sample_batch(function, start[:1], warmup_steps=0, adaptation=state, streams=[2], **options)
+    assert state["log_length"].shape == (1, 4)
+    # A mean of four equal numbers, up to rounding.
+    assert abs(state["log_length"][0, 0].item() - scene) < 1e-12
 
 
 # Reproducible and isolated

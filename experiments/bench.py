@@ -1,0 +1,424 @@
+"""The command `bench`: our sampler beside Pyro, NumPyro and BlackJAX on the gaze posterior of embedded scenes.
+
+The posterior is p(u | v, I) of composed scenes of 448 × 296 pixels, σ = 0.05, v the true patch seen through that noise,
+in the chart of offsets (canonical pixels), log-scale / 10 and angle / 10. Leapfrog steps are timed at a fixed step size
+of 0.02 and 20 steps; effective draws per second on 500 + 500 draws, each sampler with its own warm-up: the smallest
+bulk ESS of a scene's four coordinates over its chains, median over scenes, by the seconds of warm-up and draws
+together. Compilation is left out everywhere.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.data import orl_scenes
+from foveate.data.compose import orl_clutter
+from foveate.experiments.options import Common, announce
+from foveate.experiments.outputs import check_json
+from foveate.experiments.peers import Run, agreement, blackjax_hmc, numpyro_hmc, pyro_chain, require_peers, timed
+from foveate.inference.adaptation import HMCOptions
+from foveate.inference.checkpoint import write_json
+from foveate.inference.hmc import sample_batch
+from foveate.inference.potential import GazePotential, OddsScore, QuadraticScore
+from foveate.model import gaze as gazes
+from foveate.model.density import EllipticalDensity
+from foveate.model.patch import Pyramid, density_coordinates
+
+__all__ = ["SAMPLERS", "Bench", "run_bench"]
+
+SAMPLERS = (
+    "foveate-batched-hmc",
+    "foveate-batched-hmc-odds",
+    "blackjax-hmc",
+    "numpyro-hmc",
+    "pyro-hmc",
+    "pyro-nuts",
+    "torch-batched-autograd",
+    "fused-pass",
+)
+# Scenes × chains; every sampler has the first.
+SIZES = ((16, 4), (1, 1), (256, 4))
+HEIGHT, WIDTH, SIGMA = 296, 448, 0.05
+STEP_SIZE, NUM_STEPS = 0.02, 20
+DRAWS = 500
+REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Common):
+    """Time our sampler beside Pyro, NumPyro and BlackJAX, on one thread and on two.
+
+    Attributes:
+        out: a .json file; a plot of the same name with .png goes beside it.
+    """
+
+    out: Path
+
+    def run(self) -> None:
+        check_json(self.out, "rows")
+        threads = (1, 2) if self.threads is None else (self.threads,)
+        run_bench(self.out, seed=self.seed, threads=threads)
+
+
+def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    """Run the table, each number of threads in a process of its own, and write JSON and plot.
+
+    Args:
+        out: the .json file; the plot goes beside it.
+        seed: of scenes and samplers.
+        threads: numbers of threads; a process is bound to as many processors.
+
+    Returns:
+        What was written: ``rows`` (``sampler, scenes, chains, threads, us_per_leapfrog, ess_per_second`` and details),
+        ``ratios``, ``scaling``, ``memory``, ``versions``, ``machine``, ``seed``.
+
+    Raises:
+        InputError: a peer is not installed.
+    """
+    require_peers()
+    began = time.time()
+    result: dict[str, Any] = {"rows": [], "scaling": [], "machine": _machine(), "versions": _versions(), "seed": seed}
+    for count in threads:
+        # Before any library starts its own threads; the binding holds XLA, which has no setting of its own that would.
+        environment = {
+            **os.environ,
+            **{f"{name}_NUM_THREADS": str(count) for name in ("OMP", "MKL", "NUMBA", "OPENBLAS")},
+        }
+        environment["JAX_PLATFORMS"] = "cpu"
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "foveate.experiments.bench", str(count), str(seed)],
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            kind, value = json.loads(line)
+            if kind == "rows":
+                announce(_told(value))
+            result[kind] = [*result[kind], value] if isinstance(result.get(kind), list) else value
+        if process.wait() != 0:
+            raise RuntimeError(
+                f"the bench on {count} thread(s) stopped with status {process.returncode}; its output is above"
+            )
+    result["ratios"] = _ratios(result["rows"])
+    result["load_at_end"] = list(os.getloadavg())
+    result["seconds"] = time.time() - began
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    _plot(result["rows"], out.with_suffix(".png"))
+    return result
+
+
+def _worker(threads: int, seed: int) -> None:
+    """All rows of one number of threads, each printed as a line of JSON."""
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, available[-threads:])
+    torch.set_num_threads(threads)
+    most = max(scenes for scenes, _ in SIZES)
+    problem = _problem(most, seed)
+    odds = _odds(seed)
+    for scenes, chains in SIZES:
+        potential = _first(problem, scenes)
+        if scenes == SIZES[0][0]:
+            z = 0.1 * torch.randn(scenes, chains, 4, generator=torch.Generator().manual_seed(seed))
+            _tell("agreement_with_jax", agreement(potential, z))
+        for row in _rows(potential, odds, scenes, chains, seed):
+            _tell("rows", {**row, "scenes": scenes, "chains": chains, "threads": threads, "load": os.getloadavg()[0]})
+    for value in _scaling(problem):
+        _tell("scaling", {**value, "threads": threads})
+    _tell("memory", _memory(problem))
+
+
+def _rows(potential: GazePotential, odds: OddsScore, scenes: int, chains: int, seed: int) -> Iterator[dict[str, Any]]:
+    first = (scenes, chains) == SIZES[0]
+    large = scenes > SIZES[0][0]
+    with_odds = GazePotential(potential.pyramid, potential.chart, odds)
+    start = torch.zeros(scenes, chains, 4)
+    fixed = {
+        "step_size": STEP_SIZE,
+        "num_steps": NUM_STEPS,
+        "jitter": 0.0,
+        "adapt_step_size": False,
+        "adapt_mass_matrix": False,
+    }
+    timing = 20 if large else 200
+
+    def ours(function: Any, draws: int, warmup: int, **options: Any) -> Run:
+        (z, statistics), seconds, cpu = timed(
+            lambda: sample_batch(function, start, num_samples=draws, warmup_steps=warmup, seed=seed, **options)
+        )
+        return Run(z.numpy(), seconds, cpu, int(statistics.n_steps.sum()), float(statistics.acceptance_rate.mean()))
+
+    def adapted(function: Any, draws: int) -> Run:
+        ours(function, 2, 20)
+        return ours(function, draws, draws)
+
+    passes = 50 if large else 500 if first else 5000
+    potential(start)
+    runs = [timed(lambda: [potential(start) for _ in range(passes)])[1:] for _ in range(REPEATS)]
+    yield _row("fused-pass", [Run(np.empty(0), *seconds, passes * scenes * chains, 1.0) for seconds in runs], None)
+
+    for sampler, function, draws in (
+        ("foveate-batched-hmc", potential, timing),
+        ("foveate-batched-hmc-odds", with_odds, timing // 10),
+    ):
+        ours(function, 2, 0, **fixed)
+        runs = [ours(function, draws, 0, **fixed) for _ in range(REPEATS)]
+        yield _row(sampler, runs, adapted(function, DRAWS if function is potential else DRAWS // 5))
+
+    if large:
+        adaptations = None
+    else:
+        adaptations = {"draws": DRAWS, "warmup": DRAWS, "step_size": STEP_SIZE, "num_steps": NUM_STEPS, "seed": seed}
+    for sampler, run in (("blackjax-hmc", blackjax_hmc), ("numpyro-hmc", numpyro_hmc)):
+        settings = {"step_size": STEP_SIZE, "num_steps": NUM_STEPS, "seed": seed}
+        runs = run(potential, chains, draws=timing, warmup=0, repeats=REPEATS, **settings)
+        yield _row(sampler, runs, run(potential, chains, **adaptations)[0] if adaptations else None)
+
+    if not large:
+        plain = _Differentiated(potential)
+        runs = [ours(plain, timing // 10, 0, **fixed) for _ in range(REPEATS)]
+        yield _row("torch-batched-autograd", runs, adapted(plain, DRAWS // 5))
+        for sampler, steps in (("pyro-hmc", NUM_STEPS), ("pyro-nuts", None)):
+            yield _pyro_row(sampler, steps, potential, scenes, chains, seed)
+
+
+def _pyro_row(
+    sampler: str, steps: int | None, potential: GazePotential, scenes: int, chains: int, seed: int
+) -> dict[str, Any]:
+    """Pyro runs one chain at a time: a few of them, from which the time of all follows."""
+    settings: dict[str, Any] = {"step_size": STEP_SIZE, "num_steps": steps, "seed": seed}
+    runs = [pyro_chain(potential, 0, draws=10, warmup=0, **settings) for _ in range(REPEATS)]
+    sampled = [pyro_chain(potential, scene, draws=100, warmup=100, **settings) for scene in range(min(2, scenes))]
+    row = _row(sampler, runs, None)
+    # Five times the draws and all scenes and chains, one after the other; a scene's ESS is that of its chains.
+    seconds = 5 * float(np.mean([run.seconds for run in sampled])) * scenes * chains
+    ess = 5 * chains * float(np.median([_effective(run.draws) for run in sampled]))
+    return {
+        **row,
+        "ess": ess,
+        "ess_per_second": ess / seconds,
+        "subsampled": f"{len(sampled)} chains of 100 + 100 draws",
+    }
+
+
+def _row(sampler: str, runs: list[Run], adapted: Run | None) -> dict[str, Any]:
+    """The best of several timings, and the effective draws of one adapted run."""
+    row: dict[str, Any] = {
+        "sampler": sampler,
+        "us_per_leapfrog": min(run.seconds / run.leapfrogs for run in runs) * 1e6,
+        "cpu_us_per_leapfrog": min(run.cpu_seconds / run.leapfrogs for run in runs) * 1e6,
+        "acceptance": runs[0].acceptance,
+        "ess": None,
+        "ess_per_second": None,
+    }
+    if adapted is not None:
+        ess = _effective(adapted.draws)
+        row |= {"ess": ess, "ess_per_second": ess / adapted.seconds, "ess_per_cpu_second": ess / adapted.cpu_seconds}
+        row |= {"ess_draws": adapted.draws.shape[2], "ess_acceptance": adapted.acceptance}
+    return row
+
+
+def _effective(draws: np.ndarray) -> float:
+    """Smallest bulk ESS of a scene's four coordinates, median over scenes; draws (scene, chain, draw, 4)."""
+    import arviz
+
+    smallest = [min(float(arviz.ess(scene[..., i])) for i in range(4)) for scene in draws]
+    return float(np.median(smallest))
+
+
+class _Differentiated:
+    """The plain definition and PyTorch's autograd: what one would write without a fused pass."""
+
+    def __init__(self, potential: GazePotential) -> None:
+        self.potential = potential
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            energy = self.potential.energy(z)
+            (gradient,) = torch.autograd.grad(energy.sum(), z)
+        return energy.detach(), gradient
+
+
+def _problem(count: int, seed: int) -> GazePotential:
+    """The gaze posterior of composed scenes given their true patches seen through noise; float32."""
+    scenes = orl_scenes("test", count, seed=seed, sizes=[(HEIGHT, WIDTH)])
+    pyramid = Pyramid.build(scenes.pictures(), smallest=0.08)
+    truth = scenes.gazes
+    assert truth is not None
+    noise = torch.randn(count, 24, 24, generator=torch.Generator().manual_seed(seed))
+    target = pyramid.extract(truth.float()) + SIGMA * noise
+    return GazePotential(
+        pyramid, gazes.LocalChart(truth.float()[:, None], (1.0, 1.0, 0.1, 0.1)), QuadraticScore(target, SIGMA)
+    )
+
+
+def _first(problem: GazePotential, count: int, repeat: int = 1) -> GazePotential:
+    """The posterior of the first scenes, each several times over."""
+    assert isinstance(problem.score, QuadraticScore)
+    index = torch.arange(count * repeat) % count
+    target = problem.score.target[index].unflatten(-1, (24, 24))
+    chart = gazes.LocalChart(problem.chart.base[index], problem.chart.scales)
+    return GazePotential(problem.pyramid[index], chart, QuadraticScore(target, SIGMA))
+
+
+def _odds(seed: int) -> OddsScore:
+    """Odds of two Student-t densities, of composed faces and of patches that show none, seen through noise of 1."""
+    faces, clutter = orl_scenes("train", 150, seed=seed), orl_clutter("train", 30, seed=seed)
+    assert faces.gazes is not None
+    densities = []
+    looks = Pyramid.build(clutter.pictures())
+    prior = gazes.GazePrior(looks.size.float()[:, None].expand(-1, 10, -1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        anywhere = prior.sample()
+    for patches in (
+        Pyramid.build(faces.pictures()).extract(faces.gazes.float()),
+        looks.extract(anywhere).flatten(0, 1),
+    ):
+        densities.append(EllipticalDensity.fit(density_coordinates(patches), floor=1.0, nu=8.0))
+    return OddsScore(*densities)
+
+
+def _scaling(problem: GazePotential) -> Iterator[dict[str, Any]]:
+    """Time of a leapfrog step for ever more scenes: the pictures of 256, over and over."""
+    options = {"seed": 0, "warmup_steps": 0, "step_size": STEP_SIZE, "num_steps": NUM_STEPS, "adapt_step_size": False}
+    for repeat in (1, 4, 16):
+        potential = _first(problem, len(problem.pyramid), repeat)
+        start = torch.zeros(len(potential.pyramid), 1, 4)
+        run = partial(sample_batch, potential, start, num_samples=5, **options)
+        run()
+        runs = [timed(run) for _ in range(REPEATS)]
+        steps = 5 * NUM_STEPS * len(start) * 1e-6
+        yield {
+            "scenes": len(start),
+            "us_per_leapfrog": min(run[1] for run in runs) / steps,
+            "cpu_us_per_leapfrog": min(run[2] for run in runs) / steps,
+        }
+
+
+def _memory(problem: GazePotential) -> dict[str, float]:
+    """Bytes that a chain, a draw and a scene take."""
+    from foveate.inference.hmc import _Chains
+
+    start = torch.zeros(len(problem.pyramid), 4, 4)
+    streams = torch.arange(start[..., 0].numel()).reshape(start.shape[:-1])
+    chains = _Chains(problem, start, HMCOptions(), 20, 0, streams)
+    parts = (vars(chains), vars(chains.adaptation))
+    held = [value for part in parts for value in part.values() if isinstance(value, Tensor)]
+    count = start[..., 0].numel()
+    texels = problem.pyramid.texels
+    return {
+        "bytes_per_chain": sum(value.numel() * value.element_size() for value in held) / count,
+        "bytes_per_draw": 4 * start.element_size() + 7 * start.element_size(),
+        "bytes_per_scene": texels.numel() * texels.element_size() / len(problem.pyramid),
+    }
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What the race is about, at 16 × 4: by wall clock and by processor time."""
+    ratios = []
+    for threads in sorted({row["threads"] for row in rows}):
+        at = {
+            row["sampler"]: row
+            for row in rows
+            if (row["scenes"], row["chains"], row["threads"]) == (*SIZES[0], threads)
+        }
+        ours = at["foveate-batched-hmc"]
+        ratio: dict[str, float] = {"threads": threads}
+        for key, name in (("us_per_leapfrog", ""), ("cpu_us_per_leapfrog", "cpu_")):
+            for sampler in ("blackjax-hmc", "pyro-hmc", "fused-pass"):
+                ratio[f"{name}leapfrog_to_{sampler}"] = ours[key] / at[sampler][key]
+        ratio["ess_per_second_to_blackjax-hmc"] = ours["ess_per_second"] / at["blackjax-hmc"]["ess_per_second"]
+        ratios.append(ratio)
+    return ratios
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": list(os.getloadavg()),
+        "platform": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "pyro-ppl", "numpy", "numba", "arviz", "numpyro", "blackjax", "jax")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _told(row: dict[str, Any]) -> str:
+    effective = "" if row["ess_per_second"] is None else f", {row['ess_per_second']:.4g} effective draws a second"
+    where = f"{row['scenes']} × {row['chains']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return f"{row['sampler']:26s} {where:22s} {row['us_per_leapfrog']:9.2f} µs a leapfrog step{effective}"
+
+
+def _tell(kind: str, value: Any) -> None:
+    print(json.dumps([kind, value]), flush=True)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of both measures at 16 × 4."""
+    from matplotlib.figure import Figure
+
+    from foveate.experiments.outputs import save_figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    measures: tuple[tuple[Any, str, str], ...] = (
+        (left, "us_per_leapfrog", "µs per leapfrog step and chain"),
+        (right, "ess_per_second", "effective draws per second"),
+    )
+    all_threads = sorted({row["threads"] for row in rows})
+    for axes, key, label in measures:
+        for i, threads in enumerate(all_threads):
+            at = {
+                row["sampler"]: row[key]
+                for row in rows
+                if (row["scenes"], row["chains"], row["threads"]) == (*SIZES[0], threads)
+            }
+            height = 0.8 / len(all_threads)
+            values = [at.get(sampler) or np.nan for sampler in SAMPLERS]
+            axes.barh(
+                np.arange(len(SAMPLERS)) + i * height,
+                values,
+                height,
+                label=f"{threads} thread{'s' if threads > 1 else ''}",
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+    left.set_yticks(np.arange(len(SAMPLERS)) + 0.4 - 0.4 / len(all_threads), SAMPLERS)
+    left.invert_yaxis()
+    right.legend()
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    _worker(int(sys.argv[1]), int(sys.argv[2]))
