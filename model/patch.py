@@ -167,7 +167,7 @@ class Pyramid:
             scene = torch.arange(len(self), device=gaze.device)
         elif gaze.ndim < 2 or scene.shape[0] != gaze.shape[0]:
             raise InputError(f"{scene.shape[0]} scenes for gazes of shape {tuple(gaze.shape)}: needed is one per row")
-        flat = gaze.reshape(gaze.shape[0], -1, 4)
+        flat = gaze.reshape(gaze.shape[0], math.prod(gaze.shape[1:-1]), 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
         shape = (size, size) if isinstance(size, int) else size
         plain = not (gaze.requires_grad and torch.is_grad_enabled()) and not self.texels.requires_grad

@@ -241,7 +241,8 @@ def test_on_policy_looks_move_on_to_other_scenes(monkeypatch: pytest.MonkeyPatch
     step = GazeGuide.step
 
     def watched(self, pyramid, gaze, canonical, scene):
-        seen.append(scene.clone())
+        if pyramid is data.pyramid:
+            seen.append(scene.clone())
         return step(self, pyramid, gaze, canonical, scene)
 
     monkeypatch.setattr(GazeGuide, "step", watched)
@@ -250,6 +251,21 @@ def test_on_policy_looks_move_on_to_other_scenes(monkeypatch: pytest.MonkeyPatch
     # Each step 30 % and more of the looks end; after 12 of them none of four is likely to be on its first scene.
     assert len(set(torch.cat(seen).tolist())) > 8
     assert any(torch.equal(a[k], b[k]) for a, b in pairwise(seen) for k in range(4))
+
+
+@pytest.mark.parametrize("clutter", [True, False])
+def test_distractors_do_not_see_the_object_wherever_the_looks_lead(clutter: bool) -> None:
+    data = problem(6, clutter=clutter)
+    guide = GazeGuide(4).eval()
+    distractors = training._Distractors.found(guide, data)
+    labelled = distractors.scene < 6
+    assert clutter == bool((~labelled).any()) and labelled.any()
+    for _ in range(3):
+        windows, rows = distractors.windows(10, generator())
+        assert windows.shape == (len(rows), WINDOW, WINDOW) and len(set(rows.tolist())) == len(rows)
+        distractors.move(guide, rows, data.canonical.mean(0), generator())
+        sees = gazes.overlap(distractors.now[labelled], data.gaze[distractors.scene[labelled]].double())
+        assert float(sees.max()) <= 0.05
 
 
 def test_looks_leave_the_glance_as_they_found_it() -> None:

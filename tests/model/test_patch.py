@@ -283,6 +283,18 @@ def test_a_part_of_a_pyramid_reads_its_own_scenes_and_shares_the_texels() -> Non
     torch.testing.assert_close(pyramid.extract(at[which], scene=which), wanted[which], rtol=0, atol=0)
 
 
+def test_pyramids_put_together_read_as_they_did() -> None:
+    first, second = Pyramid.build(pictures()[:3]), Pyramid.build(pictures()[3:], smallest=0.5)
+    at = torch.stack([gazes_of_every_kind(s) for s in SIZES])
+    both = Pyramid.concatenate([first, second])
+    assert len(both) == 4
+    wanted = torch.cat([first.extract(at[:3]), second.extract(at[3:])])
+    torch.testing.assert_close(both.extract(at), wanted, rtol=0, atol=0)
+    # A part shares the texels of the whole; it may be put together with others all the same.
+    parts = Pyramid.concatenate([both[3], both[[1, 0]]])
+    torch.testing.assert_close(parts.extract(at[[3, 1, 0]]), wanted[[3, 1, 0]], rtol=0, atol=0)
+
+
 def test_leading_dimensions_are_kept() -> None:
     pyramid = Pyramid.build(pictures())
     at = torch.stack([gazes_of_every_kind(s)[:12] for s in SIZES])
@@ -290,6 +302,7 @@ def test_leading_dimensions_are_kept() -> None:
     assert flat.shape == (4, 12, 24, 24)
     torch.testing.assert_close(pyramid.extract(at.reshape(4, 3, 2, 2, 4)), flat.reshape(4, 3, 2, 2, 24, 24))
     assert pyramid.extract(at[:, :0], (5, 7)).shape == (4, 0, 5, 7)
+    assert pyramid.extract(at[:0, 0], scene=torch.arange(0)).shape == (0, 24, 24)
     assert pyramid.extract(at[:, 0]).shape == (4, 24, 24)
 
 
