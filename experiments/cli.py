@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from foveate.experiments.attending import Attend
+from foveate.experiments.bench import Bench
 from foveate.experiments.demo import Demo
 from foveate.experiments.options import Common
 from foveate.experiments.scoring import Evaluate
@@ -23,6 +24,7 @@ COMMANDS: dict[str, type[Common]] = {
     "attend": Attend,
     "evaluate": Evaluate,
     "sample": Sample,
+    "bench": Bench,
 }
 
 
