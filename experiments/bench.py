@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -31,7 +31,8 @@ from foveate.experiments.outputs import check_json
 from foveate.experiments.peers import Run, agreement, blackjax_hmc, numpyro_hmc, pyro_chain, require_peers, timed
 from foveate.inference.adaptation import HMCOptions
 from foveate.inference.checkpoint import write_json
-from foveate.inference.hmc import sample_batch
+from foveate.inference.hmc import Chains, sample_batch
+from foveate.inference.noise import batch_streams
 from foveate.inference.potential import GazePotential, OddsScore, QuadraticScore
 from foveate.model import gaze as gazes
 from foveate.model.density import EllipticalDensity
@@ -275,7 +276,11 @@ def _first(problem: GazePotential, count: int, repeat: int = 1) -> GazePotential
     index = torch.arange(count * repeat) % count
     target = problem.score.target[index].unflatten(-1, (24, 24))
     chart = gazes.LocalChart(problem.chart.base[index], problem.chart.scales)
-    return GazePotential(problem.pyramid[index], chart, QuadraticScore(target, SIGMA))
+    pyramid = problem.pyramid[index]
+    if count < len(problem.pyramid):
+        # Scenes lie one after the other: those behind the last are left out, which a peer would copy.
+        pyramid.texels = pyramid.texels[: int(problem.pyramid.offset[count].min())]
+    return GazePotential(pyramid, chart, QuadraticScore(target, SIGMA))
 
 
 def _odds(seed: int) -> OddsScore:
@@ -314,21 +319,22 @@ def _scaling(problem: GazePotential) -> Iterator[dict[str, Any]]:
 
 
 def _memory(problem: GazePotential) -> dict[str, float]:
-    """Bytes that a chain, a draw and a scene take."""
-    from foveate.inference.hmc import _Chains
-
+    """Bytes that a chain, a kept draw of one chain and a scene take."""
     start = torch.zeros(len(problem.pyramid), 4, 4)
-    streams = torch.arange(start[..., 0].numel()).reshape(start.shape[:-1])
-    chains = _Chains(problem, start, HMCOptions(), 20, 0, streams)
-    parts = (vars(chains), vars(chains.adaptation))
-    held = [value for part in parts for value in part.values() if isinstance(value, Tensor)]
-    count = start[..., 0].numel()
-    texels = problem.pyramid.texels
+    count, texels = start.shape[0] * start.shape[1], problem.pyramid.texels
+    chains = Chains(problem, start, HMCOptions(), 20, 0, batch_streams(None, tuple(start.shape[:-1])))
+    statistics = chains.step()
     return {
-        "bytes_per_chain": sum(value.numel() * value.element_size() for value in held) / count,
-        "bytes_per_draw": 4 * start.element_size() + 7 * start.element_size(),
-        "bytes_per_scene": texels.numel() * texels.element_size() / len(problem.pyramid),
+        "bytes_per_chain": _bytes([*vars(chains).values(), *vars(chains.adaptation).values()]) / count,
+        "bytes_per_draw": _bytes([chains.position, *statistics]) / count,
+        "bytes_per_scene": _bytes([texels]) / len(start),
     }
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Of all tensors among some values, tuples looked into."""
+    flat = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in flat if isinstance(tensor, Tensor))
 
 
 def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, float]]:

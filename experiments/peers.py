@@ -10,6 +10,7 @@ are those of the problem's chart.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,10 +81,10 @@ def blackjax_hmc(
     import jax
     import jax.numpy as jnp
 
-    scenes, log_density = _jax_scenes(potential)
+    texels, scenes, log_density = _jax_scenes(potential)
 
-    def chain(key: Any, scene: Any) -> Any:
-        of_scene = lambda z: log_density(scene, z)  # noqa: E731
+    def chain(key: Any, texels: Any, scene: Any) -> Any:
+        of_scene = partial(log_density, texels, scene)
         start, key_warmup, key_run = jnp.zeros(4, jnp.float32), *jax.random.split(key)
         if warmup:
             adapt = blackjax.window_adaptation(blackjax.hmc, of_scene, num_integration_steps=num_steps)
@@ -103,7 +104,8 @@ def blackjax_hmc(
 
         return jax.lax.scan(step, state, jax.random.split(key_run, draws))[1]
 
-    return _jax_runs(chain, scenes, len(potential.pyramid), chains, (draws + warmup) * num_steps, seed, repeats)
+    size = (len(potential.pyramid), chains)
+    return _jax_runs(chain, texels, scenes, size, (draws + warmup) * num_steps, seed, repeats)
 
 
 def numpyro_hmc(
@@ -122,10 +124,10 @@ def numpyro_hmc(
     import jax.numpy as jnp
     from numpyro.infer.hmc import hmc
 
-    scenes, log_density = _jax_scenes(potential)
+    texels, scenes, log_density = _jax_scenes(potential)
 
-    def chain(key: Any, scene: Any) -> Any:
-        init, sample = hmc(potential_fn=lambda z: -log_density(scene, z), algo="HMC")
+    def chain(key: Any, texels: Any, scene: Any) -> Any:
+        init, sample = hmc(potential_fn=lambda z: -log_density(texels, scene, z), algo="HMC")
         state = init(
             jnp.zeros(4, jnp.float32),
             warmup,
@@ -144,7 +146,8 @@ def numpyro_hmc(
         z, rate = jax.lax.scan(step, state, None, length=warmup + draws)[1]
         return z[warmup:], rate[warmup:]
 
-    return _jax_runs(chain, scenes, len(potential.pyramid), chains, (draws + warmup) * num_steps, seed, repeats)
+    size = (len(potential.pyramid), chains)
+    return _jax_runs(chain, texels, scenes, size, (draws + warmup) * num_steps, seed, repeats)
 
 
 def pyro_chain(
@@ -181,11 +184,7 @@ def pyro_chain(
     start = torch.zeros(4, dtype=potential.pyramid.texels.dtype)
     mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup, initial_params={"z": start}, disable_progbar=True)
     _, seconds, cpu_seconds = timed(mcmc.run)
-    rate = (
-        float(kernel._mean_accept_prob)
-        if num_steps is None
-        else float(mcmc.diagnostics()["acceptance rate"]["chain 0"])
-    )
+    rate = float(mcmc.diagnostics()["acceptance rate"]["chain 0"])
     return Run(mcmc.get_samples()["z"].numpy()[None, None], seconds, cpu_seconds, evaluations, rate)
 
 
@@ -198,20 +197,24 @@ def _single(potential: GazePotential, scene: int) -> GazePotential:
     return GazePotential(potential.pyramid[scene], chart, score)
 
 
-def _jax_runs(chain: Any, scenes: Any, count: int, chains: int, leapfrogs: int, seed: int, repeats: int) -> list[Run]:
+def _jax_runs(
+    chain: Any, texels: Any, scenes: Any, size: tuple[int, int], leapfrogs: int, seed: int, repeats: int
+) -> list[Run]:
     import jax
 
-    keys = jax.random.split(jax.random.PRNGKey(seed), (count, chains))
-    program = jax.jit(jax.vmap(jax.vmap(chain, (0, None)), (0, 0))).lower(keys, scenes).compile()
+    keys = jax.random.split(jax.random.PRNGKey(seed), size)
+    # The texels are an argument: as a constant they would be copied into the program.
+    several = jax.vmap(jax.vmap(chain, (0, None, None)), (0, None, 0))
+    program = jax.jit(several).lower(keys, texels, scenes).compile()
     runs = []
     for _ in range(repeats):
-        (z, rate), seconds, cpu_seconds = timed(lambda: jax.block_until_ready(program(keys, scenes)))
-        runs.append(Run(np.asarray(z), seconds, cpu_seconds, leapfrogs * count * chains, float(np.mean(rate))))
+        (z, rate), *seconds = timed(lambda: jax.block_until_ready(program(keys, texels, scenes)))
+        runs.append(Run(np.asarray(z), *seconds, leapfrogs * size[0] * size[1], float(np.mean(rate))))
     return runs
 
 
-def _jax_scenes(potential: GazePotential) -> tuple[Any, Any]:
-    """The problem as JAX arrays with a leading scene dimension, and its log density ``(scene, z (4,)) -> ()``."""
+def _jax_scenes(potential: GazePotential) -> tuple[Any, Any, Any]:
+    """Texels, arrays with a leading scene dimension, and the log density ``(texels, scene, z (4,)) -> ()`` in JAX."""
     import jax.numpy as jnp
 
     assert isinstance(potential.score, QuadraticScore)
@@ -228,7 +231,7 @@ def _jax_scenes(potential: GazePotential) -> tuple[Any, Any]:
     axis = jnp.arange(24, dtype=jnp.float32) - 11.5
     px, py = jnp.tile(axis, 24), jnp.repeat(axis, 24)
 
-    def look(scene: Any, level: Any, x: Any, y: Any) -> Any:
+    def look(texels: Any, scene: Any, level: Any, x: Any, y: Any) -> Any:
         stride = scene["stride"][level].astype(jnp.float32)
         columns, rows = scene["columns"][level], scene["rows"][level]
         u, v = x / stride, y / stride
@@ -240,7 +243,7 @@ def _jax_scenes(potential: GazePotential) -> tuple[Any, Any]:
         bottom = texels[here + columns] * (1 - u) + texels[here + columns + 1] * u
         return top * (1 - v) + bottom * v
 
-    def log_density(scene: Any, z: Any) -> Any:
+    def log_density(texels: Any, scene: Any, z: Any) -> Any:
         s = jnp.exp(k2 * z[2])
         c, d = s * jnp.cos(k3 * z[3]), s * jnp.sin(k3 * z[3])
         a0, b0, x0, y0 = scene["base"]
@@ -252,20 +255,21 @@ def _jax_scenes(potential: GazePotential) -> tuple[Any, Any]:
         height, width = scene["size"][0] - 1, scene["size"][1] - 1
         x = jnp.clip(a * px - b * py + tx, 0.0, width.astype(jnp.float32))
         y = jnp.clip(b * px + a * py + ty, 0.0, height.astype(jnp.float32))
-        seen = (1 - weight) * look(scene, lower, x, y) + weight * look(scene, lower + 1, x, y)
+        seen = (1 - weight) * look(texels, scene, lower, x, y) + weight * look(texels, scene, lower + 1, x, y)
         away = seen - scene["target"]
         # The chart's log-determinant, without its constant.
         return -0.5 * jnp.sum(precision * away * away) + 2 * k2 * z[2]
 
-    return scenes, log_density
+    return texels, scenes, log_density
 
 
 def agreement(potential: GazePotential, z: Float[Tensor, "scene chain 4"]) -> float:
     """Largest difference between the log density in JAX and ours, relative to the spread of ours."""
     import jax
 
-    scenes, log_density = _jax_scenes(potential)
-    theirs = np.asarray(jax.vmap(jax.vmap(log_density, (None, 0)))(scenes, z.numpy()))
+    texels, scenes, log_density = _jax_scenes(potential)
+    every = jax.vmap(jax.vmap(log_density, (None, None, 0)), (None, 0, 0))
+    theirs = np.asarray(every(texels, scenes, z.numpy()))
     energy, _ = potential(z)
     ours = -energy.double().numpy()
     difference = (ours - theirs) - (ours - theirs)[:, :1]

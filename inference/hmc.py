@@ -27,7 +27,7 @@ from foveate.inference.adaptation import Adaptation, HMCOptions
 from foveate.inference.noise import KeyedNoise, Purpose, batch_streams
 from foveate.model.errors import InputError
 
-__all__ = ["BatchedHMC", "HMCStatistics", "sample_batch"]
+__all__ = ["BatchedHMC", "Chains", "HMCStatistics", "sample_batch"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 Streams = Sequence[int] | Tensor | None
@@ -53,6 +53,12 @@ class HMCStatistics(NamedTuple):
     diverging: Bool[Tensor, "..."]
     energy: Float[Tensor, "..."]
     energy_error: Float[Tensor, "..."]
+
+
+# An energy error beyond this is a divergence (Stan, PyMC and Pyro use the same bound).
+_DIVERGENCE = 1000.0
+# Random numbers are drawn for many draws at once, up to this many numbers.
+_NOISE_BLOCK = 1 << 17
 
 
 class BatchedHMC(MCMCKernel):
@@ -142,7 +148,7 @@ class BatchedHMC(MCMCKernel):
         self._init_strategy = init_strategy
         self._initial: dict[str, Tensor] | None = None
         self._carried: dict[str, Tensor] | None = None
-        self._chains: _Chains | None = None
+        self._chains: Chains | None = None
         self._layout: _Layout | None = None
         self._latest: dict[str, Tensor] | None = None
         self._history: list[HMCStatistics] = []
@@ -177,7 +183,7 @@ class BatchedHMC(MCMCKernel):
         explain = density.explain if density is not None else lambda z, element: ""
         self._layout = layout
         self._history = []
-        self._chains = _Chains(function, position, self.options, warmup_steps, seed, streams, self._carried, explain)
+        self._chains = Chains(function, position, self.options, warmup_steps, seed, streams, self._carried, explain)
         self._initial = self._latest = layout.unflatten(self._chains.position)
 
     @property
@@ -250,7 +256,7 @@ class BatchedHMC(MCMCKernel):
         """Let go of the start, so that another run finds its own; adaptation and statistics stay."""
         self._initial = None
 
-    def _running(self) -> tuple["_Chains", "_Layout"]:
+    def _running(self) -> tuple["Chains", "_Layout"]:
         if self._chains is None or self._layout is None:
             raise InputError("the kernel has not been set up: call setup(warmup_steps, *model_args) first")
         return self._chains, self._layout
@@ -291,7 +297,7 @@ def sample_batch(
     if num_samples < 1 or warmup_steps < 0:
         raise InputError(f"num_samples is {num_samples} and warmup_steps {warmup_steps}: at least 1 and 0 are needed")
     keys = batch_streams(streams, tuple(initial.shape[:-1]))
-    chains = _Chains(value_and_grad_fn, initial, HMCOptions(**options), warmup_steps, seed, keys, adaptation)
+    chains = Chains(value_and_grad_fn, initial, HMCOptions(**options), warmup_steps, seed, keys, adaptation)
     for _ in range(warmup_steps):
         chains.step()
     draws, history = [], []
@@ -303,14 +309,19 @@ def sample_batch(
     return torch.stack(draws, -2), _stacked(history)
 
 
-# An energy error beyond this is a divergence (Stan, PyMC and Pyro use the same bound).
-_DIVERGENCE = 1000.0
-# Random numbers are drawn for many draws at once, up to this many numbers.
-_NOISE_BLOCK = 1 << 17
+class Chains:
+    """The state of all chains: `position (*batch, d)`, `energy` and `gradient`; one call of `step` is one draw of each.
 
-
-class _Chains:
-    """The state of all chains: position, energy, gradient, adaptation; one call of `step` is one draw of each."""
+    Args:
+        value_and_grad: as of :class:`BatchedHMC`.
+        position: where each element starts.
+        options: how the chains move and what warm-up adapts.
+        warmup_steps: draws that adapt.
+        seed: key of all random numbers.
+        streams: the key of each element, see `foveate.inference.noise.batch_streams`.
+        carried: an earlier `state_dict`, from which elements of the same key start.
+        explain: ``(position, element)`` to a clause that says what is wrong there, for error messages.
+    """
 
     def __init__(
         self,
