@@ -1,3 +1,3 @@
 """The paper's questions, answered by commands; `foveate.experiments.cli` lists them."""
 
-__all__: list[str] = []
+__all__ = []
