@@ -101,9 +101,10 @@ def search(
         proposals = propose(guide.glance, pyramid, PROPOSALS)
         first, glance_logit = proposals.gaze.double(), proposals.logit.double()
     else:
-        first, glance_logit = start.double()[:, None], torch.zeros(count, 1, dtype=torch.float64)
+        first = start.to(pyramid.texels.device).double()[:, None]
+        glance_logit = first.new_zeros(count, 1)
     k = first.shape[1]
-    scene = torch.arange(count).repeat_interleave(k)
+    scene = torch.arange(count, device=first.device).repeat_interleave(k)
     if canonical is None:
         v = model.dbn.to_canonical(model.dbn.core.mean.float()).expand(count * k, -1, -1)
     else:
@@ -165,7 +166,7 @@ def mode_points(
     Convention: `sd` is in the units of `LocalChart` at `gaze`.
     """
     uniform = SobolEngine(4, scramble=True, seed=0).draw(count, dtype=torch.float64)
-    points = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    points = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).to(sd)
     spread = SPREAD * sd
     z = points * spread[..., None, :]
     log_q = -0.5 * points.square().sum(-1) - spread.log().sum(-1, keepdim=True) - 2 * math.log(2 * math.pi)
@@ -260,15 +261,17 @@ def attend_batches(
     _check(count, numbers | {"batch": batch}, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     guide.eval()
+    device = model.dbn.core.mean.device
     with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
         for begin in range(0, count, batch):
             rows = range(begin, min(begin + batch, count))
             read = (
                 pictures.pictures(rows) if hasattr(pictures, "pictures") else [_picture(pictures[i], i) for i in rows]
             )
-            pyramid = Pyramid.build(read, oversampling=2.0, smallest=SMALLEST)
+            # Everything is worked out where the model lives.
+            pyramid = Pyramid.build([p.to(device) for p in read], oversampling=2.0, smallest=SMALLEST)
             part = slice(rows.start, rows.stop)
-            v = None if canonical is None else canonical[part]
+            v = None if canonical is None else canonical[part].to(device)
             found = search(
                 model,
                 guide,
@@ -363,7 +366,7 @@ def _starts(potential: GazePotential, base: Tensor, sd: Tensor, noise: KeyedNois
     z = points.z[:, 0]
     energy, _ = potential(z)
     share = torch.softmax(-energy - points.log_q[:, 0], -1).cumsum(-1)
-    uniform = torch.from_numpy(noise.uniform(Purpose.SEARCH, 0)[0, ..., 0].copy())
+    uniform = torch.from_numpy(noise.uniform(Purpose.SEARCH, 0)[0, ..., 0].copy()).to(share)
     chosen = torch.searchsorted(share, uniform).clamp(max=START_POINTS - 1)
     return z.gather(1, chosen[..., None].expand(-1, -1, 4))
 
@@ -398,7 +401,7 @@ def _canonical_draws(
     drawn = []
     for i in range(len(observed)):
         # A generator for every scene: what is drawn for one does not depend on the others.
-        generator = torch.Generator().manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
+        generator = torch.Generator(patch.device).manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
         v = observed[i]
         h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
         for _ in range(sweeps):
@@ -452,8 +455,8 @@ def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path:
     count = len(log_weight)
     overlap = gazes.overlap(end[:, :, None], end[:, None, :]) > MERGE
     order = log_weight.argsort(-1, descending=True)
-    chosen = torch.zeros(count, modes, dtype=torch.int64)
-    valid = torch.zeros(count, modes, dtype=torch.bool)
+    chosen = torch.zeros(count, modes, dtype=torch.int64, device=log_weight.device)
+    valid = torch.zeros(count, modes, dtype=torch.bool, device=log_weight.device)
     for i in range(count):
         kept: list[int] = []
         for j in order[i].tolist():

@@ -95,7 +95,7 @@ def evaluate(
             for i in tqdm(range(len(scenes)), desc="scoring crops", disable=None if progress else True)
         ]
     )
-    y = density_coordinates(crops)
+    y = density_coordinates(crops).to(run.model.dbn.core.mean.device)
     with torch.no_grad():
         bound = run.model.dbn.log_prob_bound(y).double()
         baselines = {name: float(run.model.baseline(name).log_prob(y).mean()) for name in ("gaussian", "student_t")}
