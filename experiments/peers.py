@@ -5,7 +5,7 @@ the two on JAX a pure function that `jit(vmap(vmap(...)))` compiles. Convention:
 are those of the problem's chart.
 """
 
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # The peers come with the extra `bench` alone.
 
 import time
