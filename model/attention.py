@@ -115,7 +115,7 @@ class AttentionModel(PyroModule):
         latent: which density the program is:
 
             * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC
-            refuses.
+              refuses.
             * ``"given_hidden"``: p(u, v, I | h) with ``hidden`` observed at the call's `hidden` (default: what the DBN
               recognises in its mean image). Gaze and canonical are continuous: stock HMC and NUTS run.
             * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one
