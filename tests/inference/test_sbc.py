@@ -73,7 +73,10 @@ def clutter_covariance(u: Tensor) -> Tensor:
 
 def clutter_log_prob(u: Tensor, z: Tensor) -> Tensor:
     """Log density N(z; 0, A_u C A_uᵀ) up to a constant: (n,)."""
-    factor = torch.linalg.cholesky(clutter_covariance(u))
+    # A gaze far outside the prior reads too few pixels, and its covariance is singular: no number, so that it is
+    # rejected.
+    factor, failed = torch.linalg.cholesky_ex(clutter_covariance(u))
+    factor = factor.masked_fill(failed[:, None, None] != 0, math.nan)
     white = torch.linalg.solve_triangular(factor, z[..., None], upper=False)[..., 0]
     return -0.5 * (white**2).sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -207,7 +210,7 @@ def geweke_p_values(update: str, count: int, rounds: int) -> list[float]:
         return net.gibbs_canonical(seen, NOISE, values["canonical"], values["hidden"], noise.generator)
 
     kernel = HMCWithinGibbs(
-        potential=energy_given, updates={"hidden": hidden, "canonical": canonical}, seed=4, step_size=0.04, num_steps=5
+        potential=energy_given, updates={"hidden": hidden, "canonical": canonical}, seed=4, step_size=0.012, num_steps=8
     )
     kernel.initial_params = {"gaze": u, "hidden": h, "canonical": v}
     kernel.setup(0)
@@ -231,12 +234,12 @@ def geweke_p_values(update: str, count: int, rounds: int) -> list[float]:
 
 @pytest.mark.slow
 def test_the_kernel_leaves_the_joint_law_of_latents_and_pictures_as_it_is():
-    p_values = geweke_p_values("exact", count=3000, rounds=15)
+    p_values = geweke_p_values("exact", count=2000, rounds=12)
     # Bonferroni: the least of m p-values of a right sampler is below 0.01 / m in one of a hundred seeds.
     assert min(p_values) > 0.01 / len(p_values)
 
 
 @pytest.mark.slow
 def test_the_papers_recognition_update_is_found_to_be_biased():
-    p_values = geweke_p_values("recognition", count=3000, rounds=15)
+    p_values = geweke_p_values("recognition", count=2000, rounds=12)
     assert min(p_values) < 1e-6
