@@ -317,9 +317,7 @@ def _evidence_weights(
     the modes found (a conditional logit, ridge towards weak equal weights). The constant lies midway between the
     weakest tenth of the right modes and the strongest tenth of the wrong ones.
     """
-    # Held-out scenes are like the training scenes, where the odds are better than they will be elsewhere: their weight
-    # is held more tightly than the others'.
-    start, width = torch.tensor([0.05, 0.5, 0.5]).double(), torch.tensor([0.05, 0.5, 0.5]).double()
+    start, width = torch.tensor([0.1, 0.5, 0.5]).double(), torch.tensor([0.3, 0.5, 0.5]).double()
     everything = features.nan_to_num(neginf=-30.0).double()
     # Scenes whose object is not among the modes say nothing about how to choose among them.
     usable = (right & valid).any(-1)
