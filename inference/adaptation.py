@@ -4,10 +4,8 @@ Step size: dual averaging (Nesterov 2009; Hoffman and Gelman, "The No-U-Turn Sam
 variance of the draws in windows that double (Stan Reference Manual, "HMC algorithm parameters"), shrunk towards the
 diagonal metric of least Fisher divergence, ``sqrt(var z / var grad)``, which is exact for a diagonal Gaussian after a
 handful of draws (Seyboldt, Carlson and Carpenter, "Preconditioning Hamiltonian Monte Carlo by minimizing Fisher
-divergence", 2025) and so makes short warm-ups safe. Trajectory length,
-optional: ChEES (Hoffman, Radul and Sountsov, "An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian
-    Monte Carlo",
-AISTATS 2021).
+divergence", 2025) and so makes short warm-ups safe. Trajectory length, optional: ChEES (Hoffman, Radul and Sountsov,
+"An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo", AISTATS 2021).
 """
 
 import math
@@ -275,17 +273,13 @@ class Adaptation:
 def mass_windows(warmup_steps: int) -> list[int]:
     """Draws at which the windows of metric adaptation begin and end: ``[begin, end, end, ...]``; empty below 10 draws.
 
-    Stan's proportions: 75 draws to find the typical set, windows of 25, 50, 100, ... draws, 50 to settle the step size;
-    below 150 draws 15 %, one window, and 25 %.
+    Windows of 8, 16, 32, ... draws after the first two, and a quarter of the warm-up, at most 50 draws, to settle the
+    step size. Stan's begin at 75 and hold 25 draws; the Fisher metric needs fewer, and until there is one the
+    trajectories have no unit of length.
     """
     if warmup_steps < 10:
         return []
-    first, last, base = (
-        (75, 50, 25)
-        if warmup_steps >= 150
-        else (int(0.15 * warmup_steps), max(5, int(0.25 * warmup_steps)), warmup_steps)
-    )
-    edges, size, stop = [first], base, warmup_steps - last
+    edges, size, stop = [2], 8, warmup_steps - max(5, min(50, warmup_steps // 4))
     while edges[-1] < stop:
         end = edges[-1] + size
         size *= 2

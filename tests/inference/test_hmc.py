@@ -270,8 +270,8 @@ def test_acceptance_reaches_its_target():
 
 def test_windows_cover_the_warm_up_and_leave_time_to_settle():
     assert mass_windows(9) == []
-    assert mass_windows(20) == [3, 15]
-    assert mass_windows(1000) == [75, 100, 150, 250, 450, 950]
+    assert mass_windows(20) == [2, 15]
+    assert mass_windows(1000) == [2, 10, 26, 58, 122, 250, 950]
     for steps in range(10, 700):
         windows = mass_windows(steps)
         assert windows == sorted(set(windows)) and windows[-1] <= steps - 5
