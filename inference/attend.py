@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
 from torch.quasirandom import SobolEngine
@@ -23,7 +23,18 @@ from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates
 
-__all__ = ["Candidates", "ModePoints", "attend", "attend_batches", "integrated_odds", "mode_points", "search"]
+__all__ = [
+    "Candidates",
+    "ModePoints",
+    "attend",
+    "attend_batches",
+    "canonical_draws",
+    "chain_starts",
+    "integrated_odds",
+    "mode_points",
+    "odds_score",
+    "search",
+]
 
 # Proposals followed per scene; end points that overlap by more than MERGE are one mode.
 PROPOSALS, MERGE = 8, 0.3
@@ -152,7 +163,7 @@ def integrated_odds(
     """
     points = mode_points(gaze, sd)
     flat = points.gaze.reshape(len(pyramid), -1, 4)
-    log_odds = -_score(model, canonical).energy(pyramid.extract(flat)).double().reshape(points.log_q.shape)
+    log_odds = -odds_score(model, canonical).energy(pyramid.extract(flat)).double().reshape(points.log_q.shape)
     size = pyramid.size.double()[:, None, None]
     log_p = model.prior(size).log_prob(points.gaze) + points.log_det + log_odds
     return torch.logsumexp(log_p - points.log_q, -1) - math.log(POINTS)
@@ -295,6 +306,45 @@ def attend_batches(
             bar.update(len(rows))
 
 
+def canonical_draws(
+    model: AttentionModel,
+    pyramid: Pyramid,
+    gaze: Float[Tensor, "scene chain kept 4"],
+    canonical: Float[Tensor, "scene 24 24"] | None,
+    seed: int,
+    streams: Int[Tensor, "scene chain"],
+    sweeps: int = 3,
+) -> Float[Tensor, "scene chain kept 24 24"]:
+    """Draws of v given gazes, in [0, 1] and in each patch's own light, by Gibbs (v, then h1).
+
+    Args:
+        model: whose prior and noise are meant.
+        pyramid: the scenes.
+        gaze: one draw of v for each.
+        canonical: v where it is given; it is what comes back then.
+        seed: of the draws.
+        streams: a scene's draws are keyed by the first of its numbers.
+        sweeps: of the Gibbs sampler.
+    """
+    patch = pyramid.extract(gaze).float()
+    if canonical is not None:
+        return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
+    observed = density_coordinates(patch)
+    drawn = []
+    for i in range(len(observed)):
+        # A generator for every scene: what is drawn for one does not depend on the others.
+        generator = torch.Generator(patch.device).manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
+        v = observed[i]
+        h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
+        for _ in range(sweeps):
+            v = model.dbn.gibbs_canonical(observed[i], model.noise, v, h, generator)
+            h = model.dbn.gibbs_hidden(v, h, generator, update="recognition")
+        drawn.append(v)
+    mean, sd = patch.mean((-2, -1), keepdim=True), patch.flatten(-2).std(-1)[..., None, None]
+    normalised = (model.dbn.to_canonical(torch.stack(drawn), brightness=0.5, contrast=0.1) - 0.5) / 0.1
+    return (mean + sd * normalised).clamp(0, 1)
+
+
 def _sampled(
     model: AttentionModel,
     guide: GazeGuide,
@@ -313,12 +363,12 @@ def _sampled(
 
     def potential_of(rows: slice) -> GazePotential:
         part = pyramid[rows]
-        score = _score(model, None if canonical is None else canonical[rows])
+        score = odds_score(model, None if canonical is None else canonical[rows])
         chart = gazes.LocalChart(base[rows, None, :])
         belief = weight / sd[rows, None, :].square() if weight > 0 else None
         return GazePotential(part, chart, score, model.prior(part.size.double()), belief)
 
-    z0 = _starts(potential_of(slice(0, count)), base, sd, KeyedNoise(settings["seed"], streams))
+    z0 = chain_starts(potential_of(slice(0, count)), base, sd, KeyedNoise(settings["seed"], streams))
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
             potential_of(slice(0, count)),
@@ -338,7 +388,7 @@ def _sampled(
     mean = draws_gaze.mean((1, 2))
     kept = max(1, draws // 10)
     thinned = draws_gaze[:, :, kept - 1 :: kept]
-    pictures_v = _canonical_draws(model, pyramid, thinned, canonical, settings["seed"], streams)
+    pictures_v = canonical_draws(model, pyramid, thinned, canonical, settings["seed"], streams)
     weights = torch.softmax(found.log_weight, -1)
     return Posterior(
         gaze=draws_gaze,
@@ -357,8 +407,10 @@ def _sampled(
     )
 
 
-def _starts(potential: GazePotential, base: Tensor, sd: Tensor, noise: KeyedNoise) -> Tensor:
-    """Where the chains start, ``(scene, chain, 4)``: draws by sampling-importance-resampling within the mode.
+def chain_starts(
+    potential: GazePotential, base: Float[Tensor, "scene 4"], sd: Float[Tensor, "scene 4"], noise: KeyedNoise
+) -> Float[Tensor, "scene chain 4"]:
+    """Where the chains start, in chart units: draws by sampling-importance-resampling within the mode.
 
     A start far out in a posterior as rough as a picture's may never come in; these begin where the mass is.
     """
@@ -371,7 +423,7 @@ def _starts(potential: GazePotential, base: Tensor, sd: Tensor, noise: KeyedNois
     return z.gather(1, chosen[..., None].expand(-1, -1, 4))
 
 
-def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
+def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | None = None) -> OddsScore:
     """Energy of patches: the collapsed odds, or the odds of one given canonical image a scene."""
     dense_object, dense_clutter = model.marginal_densities()
     if dense_clutter is None and canonical is None:
@@ -382,35 +434,6 @@ def _score(model: AttentionModel, canonical: Tensor | None) -> OddsScore:
         given = CanonicalDensity(density_coordinates(canonical), model.noise)
         return OddsScore(given, dense_clutter, model.temperature)
     return OddsScore(dense_object, dense_clutter, model.temperature)
-
-
-def _canonical_draws(
-    model: AttentionModel,
-    pyramid: Pyramid,
-    gaze: Tensor,
-    canonical: Tensor | None,
-    seed: int,
-    streams: Tensor,
-    sweeps: int = 3,
-) -> Tensor:
-    """V given the gaze by Gibbs (v, then h1), ``(scene, chain, kept, 4) -> (scene, chain, kept, 24, 24)`` in [0, 1]."""
-    patch = pyramid.extract(gaze).float()
-    if canonical is not None:
-        return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
-    observed = density_coordinates(patch)
-    drawn = []
-    for i in range(len(observed)):
-        # A generator for every scene: what is drawn for one does not depend on the others.
-        generator = torch.Generator(patch.device).manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
-        v = observed[i]
-        h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
-        for _ in range(sweeps):
-            v = model.dbn.gibbs_canonical(observed[i], model.noise, v, h, generator)
-            h = model.dbn.gibbs_hidden(v, h, generator, update="recognition")
-        drawn.append(v)
-    mean, sd = patch.mean((-2, -1), keepdim=True), patch.flatten(-2).std(-1)[..., None, None]
-    normalised = (model.dbn.to_canonical(torch.stack(drawn), brightness=0.5, contrast=0.1) - 0.5) / 0.1
-    return (mean + sd * normalised).clamp(0, 1)
 
 
 def _stock(
