@@ -10,6 +10,7 @@ import tyro
 from foveate.experiments.attending import Attend
 from foveate.experiments.bench import Bench
 from foveate.experiments.demo import Demo
+from foveate.experiments.learning import Learn
 from foveate.experiments.options import Common
 from foveate.experiments.scoring import Evaluate
 from foveate.experiments.training import Sample, Train
@@ -21,6 +22,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, type[Common]] = {
     "demo": Demo,
     "train": Train,
+    "learn": Learn,
     "attend": Attend,
     "evaluate": Evaluate,
     "sample": Sample,
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="foveate",
         description="Where is the object, and how sure: a generative model of visual attention.",
         args=None if arguments is None else list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     try:

@@ -7,6 +7,7 @@ from foveate.inference.evaluate import evaluate
 from foveate.inference.fit import fit
 from foveate.inference.guide import GazeGuide
 from foveate.inference.hmc import BatchedHMC, sample_batch
+from foveate.inference.learn import learn
 from foveate.inference.posterior import Posterior
 from foveate.inference.potential import GazePotential
 
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "exact_log_z",
     "fit",
+    "learn",
     "load",
     "log_z",
     "sample_batch",

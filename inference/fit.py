@@ -20,7 +20,7 @@ from foveate.model.density import choose_elliptical
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
-__all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit"]
+__all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit", "gaze_prior_options"]
 
 # Stage, steps done, steps in all, and a figure to watch (the loss, or the bound in nats).
 Progress = Callable[[str, int, int, float], None]
@@ -122,7 +122,9 @@ def fit(
         seed=seed,
         progress=lambda share, monitor: report("prior", int(1000 * share), 1000, monitor.bound),
     )
-    model = AttentionModel(dbn, fit_clutter(data, generator), noise=noise, prior_options=_prior_options(pyramid, truth))
+    model = AttentionModel(
+        dbn, fit_clutter(data, generator), noise=noise, prior_options=gaze_prior_options(pyramid, truth)
+    )
     y = augmented_coordinates(crops[train]).flatten(0, 1)
     validation = density_coordinates(crops[held, 0])
     for name in ("gaussian", "student_t"):
@@ -374,7 +376,7 @@ def _numbered(people: Sequence[str | None] | None) -> Tensor | None:
     return torch.tensor([number.setdefault(p if p is not None else f"?{i}", len(number)) for i, p in enumerate(people)])
 
 
-def _prior_options(pyramid: Pyramid, truth: Float[Tensor, "scene 4"]) -> dict[str, float]:
+def gaze_prior_options(pyramid: Pyramid, truth: Float[Tensor, "scene 4"]) -> dict[str, float]:
     """The gaze prior's settings from the training gazes, widened by a half: the next pictures are by other hands."""
     parts = gazes.parts(truth.double())
     share = torch.log(gazes.CANONICAL_SIZE * parts.scale / pyramid.size.amin(-1))

@@ -243,7 +243,7 @@ def test_the_gaze_prior_is_that_of_the_training_gazes_made_wider() -> None:
     generator = torch.Generator().manual_seed(0)
     log_scale = math.log(30.0 / 24) + 0.4 * torch.randn(50, generator=generator, dtype=torch.float64)
     truth = gazes.from_parts(torch.rand(50, 2).double(), log_scale.exp(), torch.zeros(50).double())
-    options = fitting._prior_options(pyramid, truth)
+    options = fitting.gaze_prior_options(pyramid, truth)
     # Median width 30 pixels of 100, to 4 standard errors of a mean of 50 (23 %); half as wide again as the sample.
     assert options["typical"] == pytest.approx(0.3, rel=0.23)
     assert options["log_scale_sd"] == pytest.approx(1.5 * float(log_scale.std()))

@@ -1,0 +1,490 @@
+"""Monte-Carlo EM: a run learns a new population from pictures without labels (Tang et al. 2014, sec. 3).
+
+E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
+where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
+prior, clutter model and the prior over gazes are trained on what was found.
+
+Which scenes an M-step learns from is itself drawn: a scene's *certainty* is the probability that this round has found
+the object, times the same of the round before, times the overlap of the two gazes (in the first round the probability
+counts twice), and each round a scene takes part with that probability. A scene that the run doubts, or where it has
+changed its mind, teaches little; nothing is cut off for good.
+
+Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
+was sure of in them has drifted: it is dropped, and learning stops.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foveate.inference.attend import MERGE, SMALLEST, chain_starts, odds_score, search
+from foveate.inference.checkpoint import Run, atomic_file, load, save, write_json
+from foveate.inference.fit import Progress, ScenePictures, coarse_pyramid, fit_clutter, gaze_prior_options
+from foveate.inference.guide_training import GuideData, train_glance, train_looks
+from foveate.inference.hmc import sample_batch
+from foveate.inference.noise import KeyedNoise, stream_keys
+from foveate.inference.posterior import picture_hash
+from foveate.inference.potential import GazePotential
+from foveate.inference.prior_training import augmented_coordinates, train_dbn
+from foveate.model import gaze as gazes
+from foveate.model.density import choose_elliptical
+from foveate.model.errors import InputError
+from foveate.model.patch import Pyramid, density_coordinates, extract
+
+__all__ = ["Monitor", "UnlabelledPictures", "learn"]
+
+# Scenes that are attended to together and written together; chains in each, draws that adapt and draws that are kept.
+PART = 32
+CHAINS, WARMUP, DRAWS = 2, 8, 10
+# Draws whose patches are kept beside the one at the posterior mean.
+KEPT_DRAWS = 5
+# An M-step reads at most so many texels of scenes at once (4 bytes each), whatever their number and size.
+MOST_TEXELS = 250_000_000
+# Pictures without the object that an M-step reads at most.
+MOST_CLUTTER = 200
+# Fewer scenes teach nothing; as for the bootstrap.
+FEWEST = 12
+# Share of the scenes held out to watch, and at most so many.
+HELD_OUT, MOST_HELD_OUT = 0.1, 120
+# Of what the start was sure of, a round must find at least this share again. The surest scenes of a start that was
+# right in 65 % of WebFaces were right in 92 to 95 %, so that a better round may well lose a twelfth of them.
+RETAINED = 0.75
+# Learning rates, as shares of the bootstrap's: the guide goes on from where it is.
+RATE = 0.4
+
+
+@runtime_checkable
+class UnlabelledPictures(ScenePictures, Protocol):
+    """What `learn` needs: pictures by index and their names, as `foveate.data.UnlabelledScenes` has them."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+
+class Monitor(NamedTuple):
+    """What the held-out scenes say of a round; no label is used anywhere.
+
+    Attributes:
+        round: 0 is the start.
+        learned_from: scenes that the round's M-step was trained on.
+        certainty: mean certainty of the training scenes, in [0, 1].
+        presence: mean probability that the gaze reported for a held-out scene is on the object.
+        retained: share of what the start was sure of that is found again at the same place.
+        moved: share of held-out scenes whose gaze is elsewhere (IoU below 0.5) than in the round before.
+        chains_agree: mean IoU of the two chains' mean gazes.
+        bound: mean bound of the round's prior on the crops found in held-out scenes, weighted by presence, nats.
+        accepted: whether the round was kept.
+    """
+
+    round: int
+    learned_from: int
+    certainty: float
+    presence: float
+    retained: float
+    moved: float
+    chains_agree: float
+    bound: float
+    accepted: bool
+
+
+# Called after every round with the run as it is then.
+EachRound = Callable[[Monitor, Run], None]
+
+
+def learn(
+    run: Run,
+    scenes: UnlabelledPictures,
+    clutter: ScenePictures | None = None,
+    *,
+    rounds: int = 3,
+    glance_steps: int = 500,
+    look_steps: int = 400,
+    dbn_steps: int = 1200,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    each_round: EachRound | None = None,
+) -> Run:
+    """Learn the objects of scenes without labels, by rounds of Monte-Carlo EM.
+
+    Time grows linearly with the number of scenes, memory does not: scenes are attended to in parts, each written to
+    disk before the next is read, and an M-step reads a bounded number of them.
+
+    Args:
+        run: where to start: knows the object from other pictures (`foveate.inference.fit`). It is not changed.
+        scenes: pictures and names; a type that carries labels is refused.
+        clutter: pictures without the object; None takes windows that miss what was found.
+        rounds: of E-step and M-step, at most: learning stops where a round has drifted.
+        glance_steps: of the guide's peripheral half in each round.
+        look_steps: of its foveal half in each round.
+        dbn_steps: of the prior in each round, at most (it stops itself).
+        seed: of every random number used.
+        checkpoint: a folder that is written after every part of an E-step and every stage of an M-step; by default
+            one that is gone afterwards.
+        resume: go on from `checkpoint`, to the same result bit for bit as without an interruption.
+        progress: called with stage, steps done, steps in all and a figure to watch.
+        each_round: called after every round, and once before the first.
+
+    Returns:
+        The last run that was kept, with ``config["learning"]`` holding the `Monitor` of every round as a dict.
+
+    Raises:
+        InputError: for scenes with labels, fewer than 24 scenes, a start without clutter model or one that recognises
+            the object in fewer than 12 scenes, numbers below 1, a checkpoint that exists where none is resumed,
+            or one of other scenes or settings.
+    """
+    numbers = {"rounds": rounds, "glance_steps": glance_steps, "look_steps": look_steps, "dbn_steps": dbn_steps}
+    _check(run, scenes, numbers)
+    plan = _Plan(scenes, clutter, seed, numbers, progress or (lambda stage, done, total, figure: None))
+    if checkpoint is None:
+        with tempfile.TemporaryDirectory(prefix="foveate_learn_") as folder:
+            return _learn(run, plan, Path(folder), each_round)
+    _open_checkpoint(Path(checkpoint), run, plan, resume)
+    return _learn(run, plan, Path(checkpoint), each_round)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What does not change from round to round."""
+
+    scenes: UnlabelledPictures
+    clutter: ScenePictures | None
+    seed: int
+    numbers: dict[str, int]
+    report: Progress
+
+    def generator(self, *key: int) -> torch.Generator:
+        """A generator for one purpose of one round."""
+        return torch.Generator().manual_seed(self.seed_of(*key))
+
+    def seed_of(self, *key: int) -> int:
+        number = self.seed
+        for k in key:
+            number = (number * 1_000_003 + k + 1) % 2**31
+        return number
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """Scenes to learn from and scenes held out, each in ascending order."""
+        count = len(self.scenes)
+        wanted = min(max(FEWEST, round(HELD_OUT * count)), MOST_HELD_OUT)
+        order = torch.randperm(count, generator=self.generator(0)).tolist()
+        return sorted(order[wanted:]), sorted(order[:wanted])
+
+
+class _Parts(NamedTuple):
+    """What an E-step wrote: a folder of parts, the scenes in them, and the step's name."""
+
+    folder: Path
+    scenes: list[int]
+    stage: str
+
+    def files(self) -> list[Path]:
+        return [self.folder / f"part_{k:05d}.safetensors" for k in range(math.ceil(len(self.scenes) / PART))]
+
+    def read(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """One tensor of all scenes, or of the scenes at `rows` (ascending), part by part."""
+        kept = []
+        for k, path in enumerate(self.files()):
+            with safe_open(path, "pt") as part:
+                found = part.get_tensor(name)
+            if rows is not None:
+                found = found[rows[(rows >= k * PART) & (rows < (k + 1) * PART)] - k * PART]
+            kept.append(found)
+        return torch.cat(kept)
+
+
+def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) -> Run:
+    train, held = plan.split()
+    device = start.model.dbn.core.mean.device
+    run = _stage(folder / "start", lambda: start, device)
+    first = before_held = _expectation(run, plan, _Parts(folder / "round_0" / "held", held, "looking, start"), None, 0)
+    before: _Parts | None = None
+    monitors = [_monitor(run, 0, before_held, first, first, 0, 0.0)]
+    if each_round:
+        each_round(monitors[0], run)
+    for number in range(1, plan.numbers["rounds"] + 1):
+        place = folder / f"round_{number}"
+        found = _expectation(run, plan, _Parts(place / "parts", train, f"looking, round {number}"), before, number)
+        certainty = _certainty(found, before)
+        chosen = _chosen(certainty, plan.generator(number, 1))
+        if len(chosen) < FEWEST:
+            raise InputError(
+                f"the run recognises the object in {len(chosen)} of {len(train)} scenes, at least {FEWEST} are needed: "
+                "start from one that was trained on more or nearer scenes"
+            )
+        learned = _maximisation(run, plan, place, number, found, before_held, chosen)
+        after = _Parts(place / "held", held, f"watching, round {number}")
+        after = _expectation(learned, plan, after, before_held, number)
+        monitor = _monitor(learned, number, after, before_held, first, len(chosen), float(certainty.mean()))
+        monitors.append(monitor)
+        if each_round:
+            each_round(monitor, learned)
+        if not monitor.accepted:
+            break
+        run, before, before_held = learned, found, after
+    return Run(run.model, run.guide, run.config | {"learning": [m._asdict() for m in monitors]})
+
+
+def _stage(place: Path, make: Callable[[], Run], device: torch.device) -> Run:
+    """The run at `place`, made and written there if it is not yet: what goes on is always what was read from disk."""
+    if not (place / "config.json").exists():
+        save(make(), place)
+    run = load(place)
+    return Run(run.model.to(device), run.guide.to(device), run.config)
+
+
+def _expectation(run: Run, plan: _Plan, parts: _Parts, before: _Parts | None, number: int) -> _Parts:
+    """Attend to the scenes of `parts` and write what was found; parts that are there already are kept."""
+    parts.folder.mkdir(parents=True, exist_ok=True)
+    run.guide.eval()
+    names = plan.scenes.names
+    sure, done = 0.0, 0
+    for k, path in enumerate(parts.files()):
+        rows = parts.scenes[k * PART : (k + 1) * PART]
+        if not path.exists():
+            carried = None
+            if before is not None:
+                with safe_open(before.files()[k], "pt") as part:
+                    carried = {name: part.get_tensor(name) for name in part.keys()}
+            pictures = plan.scenes.pictures(rows)
+            found = _attended(run, pictures, [names[i] for i in rows], carried, plan.seed_of(number, 2))
+            with atomic_file(path) as beside:
+                save_file(found, beside)
+        with safe_open(path, "pt") as part:
+            sure += float(part.get_tensor("presence").sum())
+        done += len(rows)
+        plan.report(parts.stage, done, len(parts.scenes), sure / done)
+    return parts
+
+
+@torch.no_grad()
+def _attended(
+    run: Run, pictures: list[Tensor], names: list[str], before: dict[str, Tensor] | None, seed: int
+) -> dict[str, Tensor]:
+    """One part of an E-step.
+
+    Returns:
+        ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
+        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and at some draws; and
+        what the next round's chains carry.
+    """
+    device = run.model.dbn.core.mean.device
+    pyramid = Pyramid.build([p.to(device) for p in pictures], oversampling=2.0, smallest=SMALLEST)
+    found = search(run.model, run.guide, pyramid)
+    base, sd = found.gaze[:, 0], found.sd[:, 0]
+    chart = gazes.LocalChart(base[:, None])
+    weight = float(run.guide.prior_weight)
+    belief = weight / sd[:, None].square() if weight > 0 else None
+    score, prior = odds_score(run.model, None), run.model.prior(pyramid.size.double())
+    potential = GazePotential(pyramid, chart, score, prior, belief)
+    streams = stream_keys(names)[:, None] * 1009 + torch.arange(CHAINS)
+    z = chain_starts(potential, base, sd, KeyedNoise(seed, streams))
+    adaptation: dict[str, Tensor] = {}
+    if before is not None:
+        stayed = gazes.overlap(before["gaze"].to(base), base) > MERGE
+        carried = chart.to_chart(before["draws"][:, :, -1].to(base))
+        stayed = stayed & torch.isfinite(potential(carried)[0]).all(-1)
+        z = torch.where(stayed[:, None, None], carried, z)
+        names_carried = ("streams", "log_step", "inverse_mass", "log_length")
+        adaptation = {name: before[name][stayed.cpu()] for name in names_carried} if bool(stayed.any()) else {}
+    z, _ = sample_batch(
+        potential,
+        z,
+        num_samples=DRAWS,
+        warmup_steps=WARMUP,
+        seed=seed,
+        streams=streams,
+        adaptation=adaptation,
+        step_size=0.3,
+        trajectory_length=1.6,
+        max_num_steps=24,
+    )
+    draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
+    mean = draws.mean((1, 2))
+    some = draws.flatten(1, 2)[:, torch.linspace(0, CHAINS * DRAWS - 1, KEPT_DRAWS).round().long()]
+    at = torch.cat([mean[:, None], some], 1).cpu()
+    # By the definition of extraction, as the bootstrap's crops are, not as the search reads the scene.
+    crops = torch.stack([extract(picture, gaze).float() for picture, gaze in zip(pictures, at, strict=True)])
+    present = torch.sigmoid(torch.logsumexp(found.log_weight, -1))
+    result = {
+        "presence": present * torch.softmax(found.log_weight, -1)[:, 0],
+        "gaze": mean,
+        "draws": draws,
+        "crops": crops,
+        **adaptation,
+    }
+    return {name: value.detach().cpu().contiguous() for name, value in result.items()}
+
+
+def _certainty(found: _Parts, before: _Parts | None) -> Float[Tensor, " scene"]:
+    """How sure two rounds are of the same place; see the module."""
+    presence = found.read("presence")
+    if before is None:
+        return presence.square()
+    return presence * before.read("presence") * gazes.overlap(found.read("gaze"), before.read("gaze"))
+
+
+def _chosen(certainty: Float[Tensor, " scene"], generator: torch.Generator) -> Int[Tensor, " chosen"]:
+    """Rows drawn with their certainty as probability, ascending."""
+    uniform = torch.rand(len(certainty), generator=generator, dtype=torch.float64)
+    return (uniform < certainty).nonzero().flatten()
+
+
+def _maximisation(
+    run: Run, plan: _Plan, place: Path, number: int, found: _Parts, held: _Parts, chosen: Int[Tensor, " chosen"]
+) -> Run:
+    """One M-step, stage by stage: the guide's glance, its looks, then everything that is believed."""
+    device = run.model.dbn.core.mean.device
+    steps, report = plan.numbers, plan.report
+    read: list[GuideData] = []
+
+    def data() -> GuideData:
+        if not read:
+            read.append(_guide_data(plan, found, chosen, number))
+        return read[0]
+
+    def glance() -> Run:
+        following = load(place.parent / ("start" if number == 1 else f"round_{number - 1}/run"))
+        guide = following.guide.to(device)
+        train_glance(
+            guide,
+            data(),
+            steps=steps["glance_steps"],
+            rate=RATE * 3e-3,
+            seed=plan.seed_of(number, 3),
+            progress=lambda i, n, loss: report(f"glance, round {number}", i, n, loss),
+        )
+        return following
+
+    def look() -> Run:
+        following = load(place / "glance")
+        guide = following.guide.to(device)
+        train_looks(
+            guide,
+            data(),
+            steps=steps["look_steps"],
+            rate=RATE * 2e-3,
+            seed=plan.seed_of(number, 4),
+            progress=lambda i, n, loss: report(f"look, round {number}", i, n, loss),
+        )
+        return following
+
+    def believe() -> Run:
+        following = load(place / "look")
+        torch.manual_seed(plan.seed_of(number, 5))
+        crops = found.read("crops", chosen)
+        dbn = train_dbn(
+            crops,
+            steps=steps["dbn_steps"],
+            seed=plan.seed_of(number, 6),
+            progress=lambda share, seen: report(f"prior, round {number}", int(1000 * share), 1000, seen.bound),
+        )
+        model = following.model.to(device)
+        # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
+        model.dbn = dbn
+        model.clutter = fit_clutter(data(), plan.generator(number, 7))
+        model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
+        y = augmented_coordinates(crops).flatten(0, 1)
+        validation = density_coordinates(held.read("crops")[:, 0])
+        for name in ("gaussian", "student_t"):
+            model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
+        return following
+
+    _stage(place / "glance", glance, device)
+    _stage(place / "look", look, device)
+    return _stage(place / "run", believe, device)
+
+
+def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], number: int) -> GuideData:
+    """Windows of the chosen scenes for the guide, in random order until the memory set aside for them is full."""
+    generator = plan.generator(number, 8)
+    order = chosen[torch.randperm(len(chosen), generator=generator)]
+    parts: list[Pyramid] = []
+    texels = 0
+    for row in order.tolist():
+        parts.append(coarse_pyramid(plan.scenes, [found.scenes[row]]))
+        texels += parts[-1].texels.numel()
+        plan.report(f"reading, round {number}", len(parts), len(order), 0.0)
+        if texels > MOST_TEXELS:
+            break
+    rows, place = order[: len(parts)].sort()
+    clutter = None
+    if plan.clutter is not None:
+        some = torch.randperm(len(plan.clutter), generator=generator)[:MOST_CLUTTER].sort().values
+        clutter = coarse_pyramid(plan.clutter, some.tolist())
+    pyramid = Pyramid.concatenate(parts)[place]
+    return GuideData(pyramid, found.read("gaze", rows), found.read("crops", rows)[:, 0], clutter)
+
+
+@torch.no_grad()
+def _monitor(
+    run: Run, number: int, after: _Parts, before: _Parts, first: _Parts, learned_from: int, certainty: float
+) -> Monitor:
+    gaze, presence, draws = after.read("gaze"), after.read("presence"), after.read("draws")
+    sure = first.read("presence").square()
+    same = (gazes.overlap(gaze, first.read("gaze")) > 0.5).double()
+    retained = float((sure * same).sum() / sure.sum())
+    y = density_coordinates(after.read("crops")[:, 0]).to(run.model.dbn.core.mean)
+    bound = run.model.dbn.log_prob_bound(y).double().cpu()
+    chain = draws.mean(2)
+    return Monitor(
+        round=number,
+        learned_from=learned_from,
+        certainty=certainty,
+        presence=float(presence.mean()),
+        retained=retained,
+        moved=float((gazes.overlap(gaze, before.read("gaze")) < 0.5).double().mean()),
+        chains_agree=float(gazes.overlap(chain[:, 0], chain[:, 1]).mean()),
+        bound=float((presence * bound).sum() / presence.sum()),
+        accepted=retained >= RETAINED and math.isfinite(float(bound.mean())),
+    )
+
+
+def _check(run: Run, scenes: UnlabelledPictures, numbers: dict[str, int]) -> None:
+    if hasattr(scenes, "gazes"):
+        raise InputError("these scenes carry labels, which learning must not see: give scenes.without_gazes()")
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name}={number}: at least 1 is needed")
+    if len(scenes) < 2 * FEWEST:
+        raise InputError(f"{len(scenes)} scenes to learn from: at least {2 * FEWEST} are needed")
+    if run.model.clutter is None:
+        raise InputError("the run has no clutter model, so it cannot search scenes: train it anew with `foveate train`")
+
+
+def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
+    """Make the folder, or see that what lies there is the same work."""
+    scenes = plan.scenes
+    described = {
+        "scenes": len(scenes),
+        "names": str(int(stream_keys(list(scenes.names)).sum())),
+        "first_picture": picture_hash(scenes.pictures([0])[0]),
+        "clutter": 0 if plan.clutter is None else len(plan.clutter),
+        "seed": plan.seed,
+        "start": str(float(sum(value.double().sum() for value in run.guide.state_dict().values()))),
+        **plan.numbers,
+    }
+    path = folder / "plan.json"
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: holds unfinished learning; go on from it with resume, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, described)
+        return
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no learning to resume; leave resume away")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name, value in described.items() if earlier.get(name) != value]
+    if different:
+        raise InputError(f"{path}: the work there is another one ({', '.join(different)} differ); resume it as it was")

@@ -1,0 +1,284 @@
+"""Learning without labels: who takes part, what is watched, and that an interruption changes nothing."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foveate.data import Scenes, UnlabelledScenes
+from foveate.inference.checkpoint import Run, save
+from foveate.inference.guide import GazeGuide
+from foveate.inference.learn import Monitor, learn
+from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
+from foveate.model.clutter import ClutterModel
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
+from foveate.model.density import EllipticalDensity
+from foveate.model.errors import InputError
+from foveate.model.patch import density_coordinates
+from foveate.model.rbm import BernoulliRBM
+
+# The package's function `learn` hides the module of the same name.
+learning = importlib.import_module("foveate.inference.learn")
+QUICK: dict[str, Any] = {"rounds": 2, "glance_steps": 1, "look_steps": 1, "dbn_steps": 1}
+
+
+def soft_scenes(count: int) -> UnlabelledScenes:
+    """Pictures of soft noise of two sizes."""
+    generator = torch.Generator().manual_seed(2)
+    pictures = []
+    for i in range(count):
+        coarse = torch.rand(1, 1, 9, 9, generator=generator)
+        size = ((40, 52), (48, 38))[i % 2]
+        picture = torch.nn.functional.interpolate(coarse, size, mode="bicubic", align_corners=True)
+        pictures.append(picture[0, 0].clamp(0, 1))
+    return Scenes.from_pictures(pictures).without_gazes()
+
+
+def small_run(certain: bool = True) -> Run:
+    """A run that has learned nothing and is sure of every gaze, or of none."""
+    torch.manual_seed(0)
+    core = EllipticalDensity(torch.zeros(575), torch.eye(575), 8.0)
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), core)
+    dbn.set_log_z(7 * math.log(2), 0.0)
+    guide = GazeGuide(4)
+    guide.evidence.copy_(torch.tensor([1.0, 0.0, 0.0, 1e4 if certain else -1e4]))
+    model = AttentionModel(dbn, ClutterModel(EllipticalDensity(torch.zeros(575), 2 * torch.eye(575))))
+    return Run(model.eval(), guide.eval(), {"seed": 0})
+
+
+def quick_net(crops: Tensor, **options: Any) -> DeepBeliefNet:
+    """In place of `train_dbn`: an elliptical core fitted to the crops, under units that have learned nothing."""
+    core = EllipticalDensity.fit(density_coordinates(crops).flatten(0, 1), 0.05, 8.0)
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), core)
+    dbn.set_log_z(7 * math.log(2), 0.0)
+    return dbn
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that takes long made short; chains that hardly move never lose what the start was sure of."""
+    monkeypatch.setattr(learning, "train_dbn", quick_net)
+    monkeypatch.setattr(learning, "PART", 16)
+    monkeypatch.setattr(learning, "DRAWS", 3)
+    monkeypatch.setattr(learning, "WARMUP", 2)
+    monkeypatch.setattr(learning, "RETAINED", 0.0)
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    return {f"model.{k}": v for k, v in run.model.state_dict().items()} | {
+        f"guide.{k}": v for k, v in run.guide.state_dict().items()
+    }
+
+
+def test_scenes_with_labels_are_refused() -> None:
+    labelled = Scenes.from_pictures([torch.rand(30, 30)] * 24, gazes=torch.tensor([[1.0, 0, 15, 15]] * 24).double())
+    with pytest.raises(InputError, match="carry labels"):
+        learn(small_run(), labelled)
+
+
+def test_so_are_too_few_scenes_no_rounds_and_a_run_without_clutter_model() -> None:
+    with pytest.raises(InputError, match="10 scenes to learn from: at least 24"):
+        learn(small_run(), soft_scenes(10))
+    with pytest.raises(InputError, match="rounds=0: at least 1"):
+        learn(small_run(), soft_scenes(24), rounds=0)
+    run = small_run()
+    bare = Run(AttentionModel(run.model.dbn), run.guide)
+    with pytest.raises(InputError, match="no clutter model"):
+        learn(bare, soft_scenes(24))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_recognises_nothing_is_told_to_be_trained_on_more() -> None:
+    with pytest.raises(InputError, match="recognises the object in 0 of 18 scenes"):
+        learn(small_run(certain=False), soft_scenes(30), **QUICK)
+
+
+def test_a_scene_takes_part_as_often_as_it_is_certain() -> None:
+    certainty = torch.tensor([0.0, 0.2, 0.7, 1.0]).double().repeat(2000)
+    chosen = learning._chosen(certainty, torch.Generator().manual_seed(0))
+    share = torch.bincount(chosen % 4, minlength=4).double() / 2000
+    # Four standard errors of a share of 2000 are at most 0.045.
+    assert torch.allclose(share, torch.tensor([0.0, 0.2, 0.7, 1.0]).double(), atol=0.045)
+    assert share[0] == 0 and share[3] == 1
+    assert bool((chosen.diff() > 0).all())
+
+
+def _written(folder: Path, gaze: Tensor, presence: Tensor) -> Any:
+    """Parts as an E-step writes them, with these gazes and presences, both chains at the gaze."""
+    parts = learning._Parts(folder, list(range(len(gaze))), "looking")
+    folder.mkdir()
+    for k, path in enumerate(parts.files()):
+        rows = slice(k * learning.PART, (k + 1) * learning.PART)
+        draws = gaze[rows, None, None].expand(-1, 2, 3, -1)
+        crops = torch.rand(len(draws), 2, 24, 24, generator=torch.Generator().manual_seed(k))
+        tensors = {"gaze": gaze[rows], "presence": presence[rows], "draws": draws, "crops": crops}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return parts
+
+
+def test_certainty_is_the_product_of_two_rounds_that_agree(tmp_path: Path) -> None:
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 3).double()
+    moved = gaze + torch.tensor([[0.0, 0, 0, 0], [0, 0, 12, 0], [0, 0, 30, 0]]).double()
+    presence = torch.tensor([0.5, 0.8, 1.0]).double()
+    before, after = _written(tmp_path / "a", gaze, presence), _written(tmp_path / "b", moved, presence)
+    assert torch.equal(learning._certainty(before, None), presence**2)
+    # Half a patch beside, two squares share half of each: an IoU of a third. A patch and a quarter beside: nothing.
+    expected = torch.tensor([0.25, 0.64 / 3, 0.0]).double()
+    assert torch.allclose(learning._certainty(after, before), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("lost", "accepted"), [(2, True), (20, False)])
+def test_a_round_that_loses_what_the_start_was_sure_of_is_not_accepted(
+    tmp_path: Path, lost: int, accepted: bool
+) -> None:
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 60).double()
+    presence = torch.where(torch.arange(60) < 40, 0.9, 0.0).double()
+    following = gaze.clone()
+    following[:lost, 2] += 50
+    # What the start saw nothing in may be found anywhere.
+    following[40:, 3] += 50
+    first, after = _written(tmp_path / "a", gaze, presence), _written(tmp_path / "b", following, presence)
+    monitor = learning._monitor(small_run(), 1, after, first, first, 30, 0.5)
+    assert monitor.accepted is accepted
+    assert monitor.retained == pytest.approx(1 - lost / 40)
+    assert monitor.moved == pytest.approx((lost + 20) / 60)
+    assert monitor.chains_agree == pytest.approx(1.0)
+    assert monitor.presence == pytest.approx(0.6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_drifted_round_is_dropped_and_ends_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "RETAINED", 1.1)
+    start = small_run()
+    seen: list[Monitor] = []
+    learned = learn(start, soft_scenes(36), **QUICK, each_round=lambda monitor, run: seen.append(monitor))
+    assert [m.round for m in seen] == [0, 1]
+    assert not seen[1].accepted
+    assert all(torch.equal(a, b) for a, b in zip(state(start).values(), state(learned).values(), strict=True))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("stage", ["looking, round 1", "look, round 1", "prior, round 2", "watching, round 2"])
+def test_resumed_learning_ends_as_learning_without_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def reporting(crops: Tensor, progress: Any, **options: Any) -> DeepBeliefNet:
+        progress(0.5, Monitor(0, 0, 0, 0, 0, 0, 0, 0.0, True))
+        return quick_net(crops)
+
+    monkeypatch.setattr(learning, "train_dbn", reporting)
+    scenes = soft_scenes(44)
+    whole = learn(small_run(), scenes, **QUICK, seed=3)
+
+    def interrupt(now: str, done: int, total: int, figure: float) -> None:
+        if now == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(small_run(), scenes, **QUICK, seed=3, checkpoint=tmp_path / "ck", progress=interrupt)
+    stages: list[str] = []
+    resumed = learn(
+        small_run(),
+        scenes,
+        **QUICK,
+        seed=3,
+        checkpoint=tmp_path / "ck",
+        resume=True,
+        progress=lambda now, done, total, figure: stages.append(now),
+    )
+    assert not any(now.startswith("glance, round 1") for now in stages) or stage == "looking, round 1"
+    wanted, found = state(whole), state(resumed)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert whole.config == resumed.config
+    assert not torch.equal(wanted["guide.glance.head.bias"], small_run().guide.glance.head.bias)
+
+
+def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path: Path) -> None:
+    folder = tmp_path / "ck"
+    folder.mkdir()
+    with pytest.raises(InputError, match="no learning to resume"):
+        learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True)
+
+    def interrupt(now: str, done: int, total: int, figure: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(small_run(), soft_scenes(30), checkpoint=folder, progress=interrupt)
+    with pytest.raises(InputError, match="go on from it with resume"):
+        learn(small_run(), soft_scenes(30), checkpoint=folder)
+    with pytest.raises(InputError, match=r"another one \(seed differ\)"):
+        learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True, seed=1)
+    with pytest.raises(InputError, match="scenes, names"):
+        learn(small_run(), soft_scenes(31), checkpoint=folder, resume=True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_m_step_reads_scenes_until_its_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = soft_scenes(40)
+    gaze = torch.tensor([[0.6, 0.0, 20.0, 20.0]] * 40).double()
+    found = _written(tmp_path / "a", gaze, torch.ones(40).double())
+    plan = learning._Plan(scenes, None, 0, QUICK, lambda stage, done, total, figure: None)
+    everything = learning._guide_data(plan, found, torch.arange(40), 1)
+    assert len(everything.pyramid) == 40
+    # The rows of the data are those of the scenes, in whatever order they were read.
+    assert torch.equal(everything.pyramid.size, scenes.sizes)
+    monkeypatch.setattr(learning, "MOST_TEXELS", everything.pyramid.texels.numel() // 4)
+    some = learning._guide_data(plan, found, torch.arange(40), 1)
+    assert 8 <= len(some.pyramid) <= 13
+
+
+@pytest.mark.usefixtures("quick")
+def test_chains_go_on_where_they_ended_if_the_mode_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, scenes = small_run(), soft_scenes(6)
+    pictures, names = scenes.pictures(), list(scenes.names)
+    before = learning._attended(run, pictures, names, None, 0)
+    other = {name: value.clone() for name, value in before.items()}
+    # In the last three scenes the object was elsewhere.
+    other["gaze"][3:, 2:] += 500
+    starts: list[Tensor] = []
+    sample = learning.sample_batch
+
+    def watched(potential: Any, z: Tensor, **options: Any) -> Any:
+        starts.append(potential.chart.to_gaze(z))
+        return sample(potential, z, **options)
+
+    monkeypatch.setattr(learning, "sample_batch", watched)
+    learning._attended(run, pictures, names, other, 1)
+    ended = before["draws"][:, :, -1]
+    same = torch.isclose(starts[0], ended, atol=1e-6).all(-1).all(-1)
+    assert same.tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_part_holds_does_not_depend_on_what_else_is_in_it() -> None:
+    run, scenes = small_run(), soft_scenes(4)
+    together = learning._attended(run, scenes.pictures(), list(scenes.names), None, 0)
+    alone = learning._attended(run, scenes.pictures([2]), [scenes.names[2]], None, 0)
+    # Float32 sums in another order; the gaze is a mean over chains that magnify rounding.
+    assert torch.allclose(together["gaze"][2], alone["gaze"][0], atol=0.05)
+    assert torch.allclose(together["presence"][2], alone["presence"][0], atol=1e-4)
+
+
+def test_the_scenes_held_out_never_take_part() -> None:
+    plan = learning._Plan(soft_scenes(50), None, 0, QUICK, lambda stage, done, total, figure: None)
+    train, held = plan.split()
+    assert sorted(train + held) == list(range(50))
+    assert len(held) == 12
+    assert plan.split() == (train, held)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_learned_run_comes_back_from_disk_with_its_monitors(tmp_path: Path) -> None:
+    learned = learn(small_run(), soft_scenes(36), **QUICK | {"rounds": 1})
+    assert [m["round"] for m in learned.config["learning"]] == [0, 1]
+    save(learned, tmp_path / "run")
+    prior = learned.model.prior_options
+    assert 0 < prior["typical"] < 1 and prior["log_scale_sd"] >= 0.3
+    gaze = gazes.from_parts(torch.zeros(1, 2), torch.ones(1), torch.zeros(1))
+    assert bool(torch.isfinite(gaze).all())
