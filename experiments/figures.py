@@ -9,36 +9,47 @@ and white.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from torch import Tensor
 
+from foveate.inference.calibration import Reliability
 from foveate.model import gaze as gazes
 
 __all__ = [
+    "Convergence",
+    "EnergyPath",
     "Sheet",
+    "convergence_figure",
+    "energy_paths_figure",
     "gaze_colours",
     "iou_by_step_figure",
     "legend_figure",
     "patches_figure",
+    "reliability_figure",
     "scene_figure",
     "scenes_figure",
     "sheets_figure",
+    "steps_figure",
 ]
 
 # Yellow to blue through the hues between them at falling lightness; blue stays bright enough for dark photographs.
 PATH_COLOURS = LinearSegmentedColormap.from_list("gaze", ["#ffe51f", "#c3d24a", "#62b58f", "#2f8fd0", "#1d4fff"])
 BLUE, DRAW_BLUE = PATH_COLOURS(1.0), "#7fa8ff"
 DRAWS_SHOWN = 16
+# Small errors dark, large ones light.
+ERROR_COLOURS = colormaps["viridis"]
 # Inches of a page that a report shows at full width.
 PAGE = 11.0
 
@@ -191,6 +202,168 @@ def iou_by_step_figure(overlap: Float[Tensor, "scene step"], *, labels: Sequence
     axes.set_xticks(steps, list(labels) or [str(k) for k in steps])
     figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+class EnergyPath(NamedTuple):
+    """A scene with the energy along the way from the gaze that was found to the true one.
+
+    Attributes:
+        title: above the picture.
+        picture: ``(height, width)`` luminance in [0, 1].
+        found: ``(4,)`` the reported gaze.
+        truth: ``(4,)`` the true gaze.
+        position: ``(point,)`` along the way: 0 is found, 1 is true.
+        energy: ``(point,)`` nats.
+    """
+
+    title: str
+    picture: Tensor
+    found: Tensor
+    truth: Tensor
+    position: Tensor
+    energy: Tensor
+
+
+def energy_paths_figure(paths: Sequence[EnergyPath], *, columns: int = 5) -> Figure:
+    """Scenes with the found gaze (blue) and the true one (white), and below each the energy on the way between them.
+
+    Energies are relative to the true gaze: a curve that ends above where it begins says that the model prefers the gaze
+    it found, one that ends below that the search missed the better one. Convention: as the module.
+    """
+    columns = min(columns, len(paths))
+    rows = math.ceil(len(paths) / columns)
+    cell = PAGE / max(columns, 3)
+    figure = Figure(figsize=(columns * cell, rows * 1.75 * cell), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.0, 0.6] * rows)
+    for k in range(rows * columns):
+        above, below = axes[2 * (k // columns)][k % columns], axes[2 * (k // columns) + 1][k % columns]
+        if k >= len(paths):
+            above.set_axis_off()
+            below.set_axis_off()
+            continue
+        path = paths[k]
+        _draw_scene(above, path.picture, path.found[None], None, path.truth, line=1.4)
+        above.set_title(path.title, fontsize=7, pad=2)
+        at_truth = path.energy[(path.position - 1).abs().argmin()]
+        below.plot(path.position.numpy(), (path.energy - at_truth).double().numpy(), color="black", lw=1)
+        for position, colour in ((0.0, BLUE), (1.0, "white")):
+            height = float(path.energy[(path.position - position).abs().argmin()] - at_truth)
+            below.plot(position, height, "o", color=colour, mec="black", ms=5)
+        below.tick_params(labelsize=6)
+        below.set_xticks([0, 1], ["found", "true"])
+        below.spines[["top", "right"]].set_visible(False)
+    axes[1][0].set_ylabel("energy, nats", fontsize=7)
+    return figure
+
+
+def steps_figure(
+    pictures: Sequence[Float[Tensor, "_ _"]],
+    paths: Float[Tensor, "scene step 4"],
+    patches: Float[Tensor, "scene step 24 24"],
+    canonical: Float[Tensor, "scene step 24 24"],
+    *,
+    truths: Float[Tensor, "scene 4"] | None = None,
+    steps: Sequence[str] = (),
+) -> Figure:
+    """Scenes with the gaze moving from yellow to blue, and beside each the patch x and the image v at every step.
+
+    Args:
+        pictures: ``(height, width)`` luminance in [0, 1], of any sizes.
+        paths: gaze by step.
+        patches: x(u) at every step, in [0, 1].
+        canonical: v at every step, in [0, 1].
+        truths: true gazes.
+        steps: names of the steps; numbers by default.
+
+    Convention: as the module.
+    """
+    count, length = paths.shape[:2]
+    # A picture is as wide as three of the small images.
+    cell = PAGE / (length + 3)
+    figure = Figure(figsize=(PAGE, count * (2 * cell + 0.15) + 0.2), layout="constrained")
+    grid = figure.add_gridspec(2 * count, length + 1, width_ratios=[3.0, *[1.0] * length])
+    colours = gaze_colours(length)
+    for i, picture in enumerate(pictures):
+        scene = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
+        _draw_scene(scene, picture, paths[i], None, None if truths is None else truths[i], line=1.2)
+        for k in range(length):
+            for row, (name, image) in enumerate((("x", patches[i, k]), ("v", canonical[i, k]))):
+                axes = figure.add_subplot(grid[2 * i + row, k + 1])
+                _show(axes, image)
+                frame = Rectangle((-0.5, -0.5), image.shape[1], image.shape[0], fill=False, ec=colours[k], lw=3)
+                axes.add_patch(frame).set_clip_on(False)
+                if k == 0:
+                    axes.text(-0.12, 0.5, name, ha="right", va="center", style="italic", transform=axes.transAxes)
+                if i == 0 and row == 0:
+                    axes.set_title(steps[k] if steps else str(k), fontsize=8)
+    return figure
+
+
+class Convergence(NamedTuple):
+    """How a gaze comes in from one initial error.
+
+    Attributes:
+        label: of the error.
+        looks: ``(seed, step)`` mean IoU after each look of the guide, the first before any.
+        sampled: ``(seed,)`` mean IoU of the posterior mean after `sampled_after` looks.
+    """
+
+    label: str
+    looks: Tensor
+    sampled: Tensor
+
+
+def convergence_figure(panels: Mapping[str, Sequence[Convergence]], *, sampled_after: int = 4) -> Figure:
+    """IoU by step for several initial errors, a panel for each kind: lines are the guide's, diamonds add HMC.
+
+    Means over scenes and seeds; bands are one standard deviation over the seeds.
+
+    Args:
+        panels: curves by the kind of the error.
+        sampled_after: looks after which HMC begins.
+    """
+    figure = Figure(figsize=(PAGE, 3.4), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, curves) in zip(every, panels.items(), strict=True):
+        steps = np.arange(curves[0].looks.shape[1])
+        # Where the diamonds stand: behind the last look, side by side.
+        behind = steps[-1] + 1.5
+        for k, curve in enumerate(curves):
+            colour = ERROR_COLOURS(k / max(1, len(curves) - 1))
+            values = curve.looks.double().numpy()
+            axes.plot(steps, values.mean(0), color=colour, lw=1.5, label=curve.label)
+            if len(values) > 1:
+                sd = values.std(0, ddof=1)
+                axes.fill_between(steps, values.mean(0) - sd, values.mean(0) + sd, color=colour, alpha=0.2, lw=0)
+            axes.plot(behind + 0.25 * k, float(curve.sampled.double().mean()), "D", color=colour, mec="black", ms=5)
+        axes.axvline(sampled_after, color="black", lw=0.8, ls=":")
+        axes.axhline(0.5, color="black", lw=0.8, ls=":")
+        middle = behind + 0.125 * (len(curves) - 1)
+        axes.set_xticks([*steps, middle], [*map(str, steps), f"{sampled_after}+HMC"], fontsize=8)
+        axes.set(title=name, xlabel="looks of the guide", ylim=(0, 1))
+        axes.legend(fontsize=7, loc="lower right", frameon=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("mean IoU with the true gaze")
+    return figure
+
+
+def reliability_figure(panels: Mapping[str, Reliability]) -> Figure:
+    """Stated probabilities against the share that came true, with binomial standard errors and each bin's count."""
+    figure = Figure(figsize=(4.2 * len(panels), 4.0), layout="constrained")
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, found) in zip(every, panels.items(), strict=True):
+        stated, happened, count = (v.double().numpy() for v in found[:3])
+        # Of an outcome that always came true the error is still not 0: one pseudo-count each way.
+        share = (happened * count + 1) / (count + 2)
+        error = np.sqrt(share * (1 - share) / count)
+        axes.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
+        axes.errorbar(stated, happened, error, fmt="o-", color=BLUE, ecolor="0.4", lw=1.2, ms=5)
+        for x, y, n in zip(stated, happened, count, strict=True):
+            axes.annotate(f"{n:.0f}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7, color="0.3")
+        axes.set(title=f"{name}\ngap {found.gap:.3f}, Brier score {found.brier:.3f}", xlabel="stated probability")
+        axes.set(ylabel="share that came true", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04), aspect="equal")
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

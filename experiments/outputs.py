@@ -19,6 +19,7 @@ __all__ = [
     "check_json",
     "check_picture",
     "check_run",
+    "markdown_table",
     "merge_netcdf",
     "save_figure",
     "write_text",
@@ -84,6 +85,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: first column to the left, the others to the right; `|` in a cell is escaped."""
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:

@@ -1,0 +1,110 @@
+"""Whether probabilities come true: coverage of the gaze's posterior region, one factor that mends it, reliability.
+
+The region of level 0.9 holds the gazes that are no farther from the mean of the draws than nine tenths of the draws
+are, by the Mahalanobis distance of their own covariance. Where the region holds the truth too seldom (a picture's
+pixels are not independent, and the next labels are by other hands), one factor on the sds, fitted on scenes held out
+of training, makes it as wide as it has to be.
+
+Convention (the whole module): gazes as in `foveate.model.gaze`; distances in the units of `LocalChart` at the mean of
+the draws, so that a mode far out in the picture is measured as one in its middle.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.model import gaze as gazes
+
+__all__ = ["LEVEL", "Reliability", "coverage_factor", "reach", "reliability"]
+
+LEVEL = 0.9
+# Added to the variances of draws that never moved, in chart units: a region without width has no distances.
+LEAST_VARIANCE = 1e-12
+
+
+class Reliability(NamedTuple):
+    """Stated probabilities beside what happened, in bins of equal width that hold at least one case.
+
+    Attributes:
+        stated: ``(bin,)`` mean of the stated probabilities.
+        happened: ``(bin,)`` share of the cases that came true.
+        count: ``(bin,)`` cases.
+        gap: mean absolute difference of the two, over all cases (the expected calibration error).
+        brier: mean squared difference of each case's probability and its outcome.
+    """
+
+    stated: Tensor
+    happened: Tensor
+    count: Tensor
+    gap: float
+    brier: float
+
+
+def reach(
+    draws: Float[Tensor, "scene chain draw 4"], truth: Float[Tensor, "scene 4"], level: float = LEVEL
+) -> Float[Tensor, " scene"]:
+    """How far out the truth lies among the draws, in radii of the region of `level`: at most 1 is inside.
+
+    A truth that follows the law of the draws is inside with probability `level`. With all sds multiplied by f, inside
+    is at most f.
+
+    Args:
+        draws: gazes of one mode.
+        truth: true gazes.
+        level: the share of the draws within the region.
+    """
+    flat = draws.double().flatten(1, 2)
+    # The mean of (a, b, tx, ty) is the reported gaze and the base of the chart.
+    chart = gazes.LocalChart(flat.mean(1, keepdim=True))
+    z, of_truth = chart.to_chart(flat), chart.to_chart(truth.double()[:, None])
+    middle = z.mean(1, keepdim=True)
+    centred = z - middle
+    covariance = centred.mT @ centred / max(1, z.shape[1] - 1)
+    least = LEAST_VARIANCE * torch.eye(4, dtype=z.dtype, device=z.device)
+    factor = torch.linalg.cholesky(covariance + least)
+
+    def distance(offset: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, offset.mT, upper=False).norm(dim=-2)
+
+    return distance(of_truth - middle)[:, 0] / distance(centred).quantile(level, -1)
+
+
+def coverage_factor(
+    reached: Float[Tensor, " scene"], found: Bool[Tensor, " scene"] | None = None, level: float = LEVEL
+) -> float:
+    """The factor on the posterior sds with which the region of `level` holds the truth of that share of scenes.
+
+    The conformal quantile, number ⌈(n + 1) level⌉ of n in order: the next scene of the same kind is covered with at
+    least that probability, however wrong the model is (Vovk et al. 2005). No region of one mode holds an object that
+    was not found, so where so many were missed that the quantile falls among those, the factor is the largest of the
+    scenes found; 1 where none was.
+
+    Args:
+        reached: of `reach`, on scenes that nothing was trained on.
+        found: which of these scenes' objects were found; all by default.
+        level: the share of scenes to be covered.
+    """
+    known = torch.ones_like(reached, dtype=torch.bool) if found is None else found
+    if not bool(known.any()):
+        return 1.0
+    ordered = torch.where(known, reached, math.inf).sort().values
+    rank = min(len(ordered), math.ceil((len(ordered) + 1) * level))
+    return float(ordered[rank - 1].clamp(max=reached[known].max()))
+
+
+def reliability(stated: Float[Tensor, " case"], happened: Bool[Tensor, " case"], bins: int = 10) -> Reliability:
+    """Stated probabilities against what happened, in `bins` bins of equal width."""
+    stated, outcome = stated.double(), happened.double()
+    bin_of = (stated * bins).long().clamp(0, bins - 1)
+    count = torch.bincount(bin_of, minlength=bins)
+    kept = count > 0
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.bincount(bin_of, values, minlength=bins)[kept] / count[kept]
+
+    of_stated, of_outcome = mean(stated), mean(outcome)
+    gap = (count[kept] * (of_stated - of_outcome).abs()).sum() / count.sum()
+    return Reliability(of_stated, of_outcome, count[kept], float(gap), float((stated - outcome).square().mean()))
