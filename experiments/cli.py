@@ -11,6 +11,7 @@ from foveate.experiments.attending import Attend
 from foveate.experiments.bench import Bench
 from foveate.experiments.demo import Demo
 from foveate.experiments.learning import Learn
+from foveate.experiments.localisation import Localisation
 from foveate.experiments.options import Common
 from foveate.experiments.scoring import Evaluate
 from foveate.experiments.training import Sample, Train
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Common]] = {
     "attend": Attend,
     "evaluate": Evaluate,
     "sample": Sample,
+    "localisation": Localisation,
     "bench": Bench,
 }
 
