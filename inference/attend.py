@@ -9,15 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
+from torch.nn import functional
 from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
-from foveate.inference.glance import propose
+from foveate.inference.glance import Proposals, propose
 from foveate.inference.guide import CHANGE_SCALES, GazeGuide
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior, picture_hash
-from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore
+from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PersonRatio
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
@@ -37,13 +38,20 @@ __all__ = [
 ]
 
 # Proposals followed per scene; end points that overlap by more than MERGE are one mode.
-PROPOSALS, MERGE = 8, 0.3
+PROPOSALS, MERGE = 12, 0.3
 # Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
 POINTS, SPREAD = 64, 1.5
 # Points among which chains find their starts.
 START_POINTS = 256
 # The guide's sds, in chart units, are kept within these when they set the width of a mode.
 SD_RANGE = (0.1, 4.0)
+# How far from a given start somebody is looked for whose picture is given: in widths of the start or of who is found.
+# That many glances are thinned to `PROPOSALS` within reach.
+REACH, GLANCES = 4.0, 24
+# Modes among which the person is looked for.
+PEOPLE = 8
+# Share of the smaller of two patches from which on an explained object explains the other, too.
+EXPLAINED = 0.3
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
 SMALLEST = 0.07
 
@@ -56,16 +64,21 @@ class Candidates(NamedTuple):
     Attributes:
         gaze: ``(scene, mode, 4)`` end points, scene pixels.
         sd: ``(scene, mode, 4)`` the guide's sds in the units of `LocalChart` at the end point.
-        features: ``(scene, mode, 3)`` integrated log-odds, glance logit, presence logit.
+        features: ``(scene, mode, 3)`` integrated log-odds, recognition logit, presence logit.
         log_weight: ``(scene, mode)`` log-weight against "no object"; -inf where there is no further mode.
-        path: ``(scene, step, 4)`` how the best one came about: start, then one gaze a step.
+        paths: ``(scene, mode, step, 4)`` how each came about: start, then one gaze a step.
     """
 
     gaze: Tensor
     sd: Tensor
     features: Tensor
     log_weight: Tensor
-    path: Tensor
+    paths: Tensor
+
+    @property
+    def path(self) -> Float[Tensor, "scene step 4"]:
+        """How the best one came about."""
+        return self.paths[:, 0]
 
 
 class ModePoints(NamedTuple):
@@ -101,19 +114,29 @@ def search(
         guide: proposes and moves gazes.
         pyramid: the scenes.
         start: initial gazes, the paper's protocol; None searches the whole scene.
-        canonical: v, whom to look for; the mean canonical image by default.
+        canonical: v, whom to look for; the mean canonical image by default. With a start, the first step goes where the
+            guide's look leads and to what a glance sees within four patch widths: whom v shows need not be nearest.
         steps: looks of the guide.
         modes: how many modes are kept.
+
+    A mode's weight is the guide's evidence for an object there. Where v is given to a model that can tell people apart,
+    it is the probability of an object there times the Bayes factor of "this person", averaged over the mode: how much
+    surer one face is a face than another says nothing about whose it is.
 
     Convention: gazes in scene pixels, `foveate.model.gaze`.
     """
     count = len(pyramid)
+    near = None
     if start is None:
         proposals = propose(guide.glance, pyramid, PROPOSALS)
         first, glance_logit = proposals.gaze.double(), proposals.logit.double()
     else:
         first = start.to(pyramid.texels.device).double()[:, None]
         glance_logit = first.new_zeros(count, 1)
+        if canonical is not None and steps > 0:
+            near = _within_reach(propose(guide.glance, pyramid, GLANCES), first)
+            first = first.expand(-1, 1 + PROPOSALS, -1)
+            glance_logit = torch.cat([glance_logit, near.logit], 1)
     k = first.shape[1]
     scene = torch.arange(count, device=first.device).repeat_interleave(k)
     if canonical is None:
@@ -123,15 +146,19 @@ def search(
     with torch.no_grad():
         change = guide.look(pyramid, first.reshape(-1, 4), v, scene)
         steps_taken, looks = [first], [change]
-        for _ in range(steps):
-            gaze, _ = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)
-            steps_taken.append(gaze.reshape(count, k, 4))
+        for step in range(steps):
+            gaze = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)[0].reshape(count, k, 4)
+            if step == 0 and near is not None:
+                gaze = torch.cat([gaze[:, :1], near.gaze], 1)
+                looks = [guide.look(pyramid, gaze.reshape(-1, 4), v, scene)]
+            steps_taken.append(gaze)
         looks.append(guide.look(pyramid, steps_taken[-1].reshape(-1, 4), v, scene))
     path = torch.stack(steps_taken, 2)
-    if start is None:
+    if start is None or near is not None:
         # What was proposed stays a candidate beside where the looks led from it: a look may lose an object, too.
-        stayed = first[:, :, None].expand(-1, -1, steps + 1, -1)
-        end, path = torch.cat([first, path[:, :, -1]], 1), torch.cat([stayed, path], 1)
+        proposed = steps_taken[0 if near is None else 1]
+        stayed = torch.cat([first[:, :, None], proposed[:, :, None].expand(-1, -1, steps, -1)], 2)
+        end, path = torch.cat([proposed, path[:, :, -1]], 1), torch.cat([stayed, path], 1)
         glance_logit = glance_logit.repeat(1, 2)
     else:
         end, looks = path[:, :, -1], looks[1:]
@@ -139,12 +166,17 @@ def search(
     log_sd = torch.cat([look.log_sd.double().reshape(count, k, 4) for look in looks], 1)
     sd = (log_sd.exp() * end.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE)
     presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
-    odds = integrated_odds(model, pyramid, end, sd, canonical)
+    knows = _knows_people(model)
+    odds = integrated_odds(model, pyramid, end, sd, None if knows else canonical)
     features = torch.stack([odds, glance_logit, presence], -1)
     weights = guide.evidence.double()
     log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
     log_weight = torch.where(torch.isfinite(glance_logit), log_weight, -math.inf)
-    return _merged(end, sd, features, log_weight, path, modes)
+    if canonical is None or not knows:
+        return _merged(end, sd, features, log_weight, path, modes)
+    return _of_person(
+        model, pyramid, _merged(end, sd, features, log_weight, path, max(modes, PEOPLE)), canonical, modes
+    )
 
 
 def integrated_odds(
@@ -197,6 +229,7 @@ def attend(
     canonical: Float[Tensor, "scene 24 24"] | None = None,
     kernel: Kernel = "batched",
     modes: int = 4,
+    max_objects: int = 1,
     guide_steps: int = 4,
     seed: int = 0,
     batch: int = 16,
@@ -213,10 +246,17 @@ def attend(
         draws: kept per chain.
         warmup: draws that adapt the step size, not kept.
         start: ``(scene, 4)`` initial gazes (the paper's protocol); None searches whole scenes.
-        canonical: ``(scene, 24, 24)`` in [0, 1]: whom to look for.
+        canonical: ``(scene, 24, 24)`` in [0, 1]: whom to look for. Any picture of the person serves where the model can
+            tell people apart (`AttentionModel.identity`); else the image that is looked for to the pixel. With a start
+            it is looked for within four patch widths of it.
         kernel: ``"batched"`` (`BatchedHMC`'s algorithm, all scenes and chains at once), or Pyro's own ``"hmc"`` or
             ``"nuts"``, one chain at a time.
         modes: how many are kept with weights.
+        max_objects: attend to so many objects of every picture one after the other, each time with what is explained
+            taken out: modes that share a third of their patch with an object attended to before are gone. The posterior
+            then has that many rows for every picture, one object after the other
+            (``posterior.gaze.unflatten(0, (-1, max_objects))``); modes, weights and presence of a row are those of what
+            was left for it. Presence is 0 where nothing was left, and the draws then mean nothing.
         guide_steps: looks of the guide before sampling.
         seed: of every random number; a scene's draws are keyed by its name and do not depend on what shares its batch.
         batch: scenes that are worked on together; memory grows with it, not with the number of pictures.
@@ -240,6 +280,7 @@ def attend(
             canonical=canonical,
             kernel=kernel,
             modes=modes,
+            max_objects=max_objects,
             guide_steps=guide_steps,
             seed=seed,
             batch=batch,
@@ -261,6 +302,7 @@ def attend_batches(
     canonical: Float[Tensor, "scene 24 24"] | None = None,
     kernel: Kernel = "batched",
     modes: int = 4,
+    max_objects: int = 1,
     guide_steps: int = 4,
     seed: int = 0,
     batch: int = 16,
@@ -269,7 +311,7 @@ def attend_batches(
     """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
-    _check(count, numbers | {"batch": batch}, start, canonical, kernel)
+    _check(count, numbers | {"batch": batch, "max_objects": max_objects}, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     guide.eval()
     device = model.dbn.core.mean.device
@@ -290,7 +332,8 @@ def attend_batches(
                 start=None if start is None else start[part],
                 canonical=v,
                 steps=guide_steps,
-                modes=modes,
+                # What an object takes out with it must not leave the next ones without any.
+                modes=modes if max_objects == 1 else max(modes, 3 * max_objects),
             )
             settings = {
                 "chains": chains,
@@ -301,8 +344,14 @@ def attend_batches(
                 "seed": seed,
                 "guide_prior": float(guide.prior_weight),
                 "start": "scene" if start is None else "given",
+                "max_objects": max_objects,
             }
-            yield _sampled(model, guide, pyramid, read, names[part], found, v, settings)
+            objects = []
+            for number in range(max_objects):
+                objects.append(_sampled(model, guide, pyramid, read, names[part], found, v, settings, number))
+                found = _without(found, found.gaze[:, 0])
+            order = torch.arange(max_objects * len(rows)).reshape(max_objects, -1).T
+            yield objects[0] if max_objects == 1 else Posterior.concatenate(objects).subset(order.flatten())
             bar.update(len(rows))
 
 
@@ -354,10 +403,14 @@ def _sampled(
     found: Candidates,
     canonical: Tensor | None,
     settings: dict[str, Any],
+    number: int,
 ) -> Posterior:
-    """Chains within the heaviest mode of every scene, canonical images given the gazes, and everything put together."""
+    """Chains within the heaviest mode of every scene, canonical images given the gazes, and everything put together.
+
+    `number` counts the objects of a scene from 0; each has random numbers of its own.
+    """
     count, chains, draws = len(pyramid), settings["chains"], settings["draws"]
-    streams = stream_keys(names)[:, None] * 1009 + torch.arange(chains)
+    streams = stream_keys(names)[:, None] * 1009 + number * 104_729 + torch.arange(chains)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
     weight = float(guide.prior_weight)
 
@@ -424,16 +477,21 @@ def chain_starts(
 
 
 def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | None = None) -> OddsScore:
-    """Energy of patches: the collapsed odds, or the odds of one given canonical image a scene."""
+    """Energy of patches: the collapsed odds, or, with a picture of each scene's person, the odds of that person.
+
+    A model that cannot tell people apart takes the given picture for the canonical image itself.
+    """
     dense_object, dense_clutter = model.marginal_densities()
     if dense_clutter is None and canonical is None:
         raise InputError(
             "attending needs a clutter model; without the likelihood prefers blank walls, fit the model with clutter"
         )
-    if canonical is not None:
-        given = CanonicalDensity(density_coordinates(canonical), model.noise)
-        return OddsScore(given, dense_clutter, model.temperature)
-    return OddsScore(dense_object, dense_clutter, model.temperature)
+    if canonical is None:
+        return OddsScore(dense_object, dense_clutter, model.temperature)
+    if model.identity is not None and dense_clutter is not None:
+        person = PersonRatio(model.identity, model.identity.coordinates(canonical))
+        return OddsScore(dense_object, dense_clutter, model.temperature, person)
+    return OddsScore(CanonicalDensity(density_coordinates(canonical), model.noise), dense_clutter, model.temperature)
 
 
 def _stock(
@@ -492,7 +550,49 @@ def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path:
         return torch.stack([values[i, chosen[i]] for i in range(count)])
 
     weight = torch.where(valid, pick(log_weight), -math.inf)
-    return Candidates(pick(end), pick(sd), pick(features), weight, pick(path)[:, 0])
+    return Candidates(pick(end), pick(sd), pick(features), weight, pick(path))
+
+
+def _within_reach(proposals: Proposals, start: Float[Tensor, "scene 1 4"]) -> Proposals:
+    """The best of those no farther from the start than `REACH` patch widths; -inf is the logit of what is missing."""
+    gaze, logit = proposals.gaze.double(), proposals.logit.double()
+    centre, scale, _ = gazes.parts(gaze)
+    begin = gazes.parts(start)
+    width = gazes.CANONICAL_SIZE * torch.maximum(scale, begin.scale)
+    far = (centre - begin.centre).norm(dim=-1) > REACH * width
+    best = torch.where(far, -math.inf, logit).topk(PROPOSALS, 1)
+    return Proposals(gaze.gather(1, best.indices[..., None].expand(-1, -1, 4)), best.values)
+
+
+def _knows_people(model: AttentionModel) -> bool:
+    """Whether a given picture says whom to look for; without, it is the canonical image itself, to the pixel."""
+    return model.identity is not None and model.clutter is not None
+
+
+def _of_person(
+    model: AttentionModel, pyramid: Pyramid, found: Candidates, canonical: Float[Tensor, "scene 24 24"], modes: int
+) -> Candidates:
+    """The modes weighed by whom they show."""
+    with_person = integrated_odds(model, pyramid, found.gaze, found.sd, canonical)
+    ratio = with_person - integrated_odds(model, pyramid, found.gaze, found.sd)
+    weight = functional.logsigmoid(found.log_weight) + ratio
+    return _best_first(found._replace(log_weight=weight), modes)
+
+
+def _without(found: Candidates, explained: Float[Tensor, "scene 4"]) -> Candidates:
+    """The modes that an explained object leaves to be explained, best first."""
+    iou = gazes.overlap(found.gaze, explained[:, None])
+    area, other = (gazes.parts(gaze).scale.square() for gaze in (found.gaze, explained[:, None]))
+    # The intersection over the union i gives the intersection over the smaller: i / (1 + i) times the sum over it.
+    share = iou / (1 + iou) * (area + other) / torch.minimum(area, other)
+    weight = torch.where(share > EXPLAINED, -math.inf, found.log_weight)
+    return _best_first(found._replace(log_weight=weight), weight.shape[1])
+
+
+def _best_first(found: Candidates, modes: int) -> Candidates:
+    order = found.log_weight.argsort(-1, descending=True)[:, :modes]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    return Candidates(*(values[rows, order] for values in found))
 
 
 def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kernel: str) -> None:
@@ -504,6 +604,10 @@ def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kern
             raise InputError(f"{name}={number}: at least {least} is needed")
     if kernel not in ("batched", "hmc", "nuts"):
         raise InputError(f"kernel={kernel!r}: one of 'batched', 'hmc', 'nuts'")
+    if start is not None and numbers["max_objects"] > 1:
+        raise InputError(
+            f"max_objects={numbers['max_objects']} from a given start: leave start away to search the scene"
+        )
     if start is not None and tuple(start.shape) != (count, 4):
         raise InputError(f"start has shape {tuple(start.shape)}: needed is one gaze a picture, ({count}, 4)")
     if start is not None and not (bool(torch.isfinite(start).all()) and bool((start[:, :2].norm(dim=-1) > 0).all())):

@@ -26,6 +26,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet
 from foveate.model.errors import InputError
+from foveate.model.identity import IdentityModel
 
 __all__ = ["FORMAT", "Run", "atomic_file", "load", "save", "write_json"]
 
@@ -101,6 +102,8 @@ def load(path: str | os.PathLike) -> Run:
         stated, model_form, guide_form = config["settings"], config["model"], config["guide"]
         dbn = DeepBeliefNet.from_config(model_form["dbn"])
         clutter = ClutterModel.blank(dbn.core.dimension) if model_form["clutter"] else None
+        # Runs of before there was one have no such entry.
+        directions = model_form.get("identity")
         model = AttentionModel(
             dbn,
             clutter,
@@ -108,6 +111,7 @@ def load(path: str | os.PathLike) -> Run:
             temperature=model_form["temperature"],
             gaze_prior=model_form["gaze_prior"],
             prior_options=model_form["prior_options"],
+            identity=None if directions is None else IdentityModel.blank(directions),
         )
         guide = GazeGuide(**guide_form)
     except (KeyError, TypeError) as error:

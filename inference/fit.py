@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,15 +10,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.inference.attend import SMALLEST, Candidates, mode_points, search
+from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
 from foveate.inference.guide_training import GuideData, random_gazes, train_glance, train_looks
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
+from foveate.inference.resume import Checkpoint, digest
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.density import choose_elliptical
 from foveate.model.errors import InputError
+from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
 __all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit", "gaze_prior_options"]
@@ -69,6 +73,8 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> Run:
     """Train everything from scenes with known gazes.
 
@@ -83,12 +89,16 @@ def fit(
         seed: of every random number used.
         device: where the guide is trained.
         progress: called after every step with stage, step, steps and the figure to watch.
+        checkpoint: a folder where the guide's training is kept every 100 steps; it is gone when all is done. (The
+            prior takes a minute or two and is begun anew.)
+        resume: go on from what is at `checkpoint`, if anything is, to the same result as without an interruption.
 
     Returns:
         The run: model, guide and the configuration that made them.
 
     Raises:
-        InputError: for scenes without gazes, or fewer than 12.
+        InputError: for scenes without gazes, or fewer than 12; for a checkpoint of other scenes or settings, or one
+            that is not to be resumed.
     """
     truth = scenes.gazes
     if truth is None or bool(truth.isnan().any()):
@@ -110,8 +120,15 @@ def fit(
     data = GuideData(
         pyramid[train], truth[train], crops[train, 0], background, None if person is None else person[train]
     )
-    train_glance(guide, data, steps=glance_steps, seed=seed, progress=lambda i, n, loss: report("glance", i, n, loss))
-    train_looks(guide, data, steps=look_steps, seed=seed, progress=lambda i, n, loss: report("look", i, n, loss))
+    made_of = {
+        "scenes": digest(truth, crops),
+        "clutter": None if background is None else digest(background.texels),
+        "settings": [glance_steps, look_steps, width, seed],
+    }
+    kept = Checkpoint.open(checkpoint, made_of, resume)
+    budget: dict[str, Any] = {"seed": seed, "checkpoint": kept}
+    train_glance(guide, data, steps=glance_steps, progress=lambda i, n, loss: report("glance", i, n, loss), **budget)
+    train_looks(guide, data, steps=look_steps, progress=lambda i, n, loss: report("look", i, n, loss), **budget)
     guide.to("cpu")
 
     dbn = train_dbn(
@@ -125,12 +142,16 @@ def fit(
     model = AttentionModel(
         dbn, fit_clutter(data, generator), noise=noise, prior_options=gaze_prior_options(pyramid, truth)
     )
+    if person is not None:
+        model.identity = IdentityModel.fit(crops[train], person[train], seed)
     y = augmented_coordinates(crops[train]).flatten(0, 1)
     validation = density_coordinates(crops[held, 0])
     for name in ("gaussian", "student_t"):
         model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
     figures = calibrate(model, guide, scenes, held.nonzero().flatten(), truth)
+    factor = calibrated_factor(model, guide, scenes, held.nonzero().flatten(), truth)
     report("calibrating", 1, 1, figures["validation_accuracy"])
+    kept.remove()
     config = {
         "scenes": len(scenes),
         "held_out": int(held.sum()),
@@ -140,6 +161,7 @@ def fit(
         "dbn_steps": dbn_steps,
         "seed": seed,
         **figures,
+        "coverage_factor": factor,
     }
     return Run(model=model, guide=guide, config=config)
 
@@ -319,7 +341,7 @@ def _evidence_weights(
     the modes found (a conditional logit, ridge towards weak equal weights). The constant lies midway between the
     weakest tenth of the right modes and the strongest tenth of the wrong ones.
     """
-    start, width = torch.tensor([0.1, 0.5, 0.5]).double(), torch.tensor([0.3, 0.5, 0.5]).double()
+    start, width = torch.tensor([0.05, 1.0, 0.4]).double(), torch.tensor([0.3, 0.5, 0.3]).double()
     everything = features.nan_to_num(neginf=-30.0).double()
     # Scenes whose object is not among the modes say nothing about how to choose among them.
     usable = (right & valid).any(-1)

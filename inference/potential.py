@@ -25,9 +25,10 @@ from torch import Tensor
 from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
 from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice
+from foveate.model.identity import IdentityModel
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
 
-__all__ = ["CanonicalDensity", "GazePotential", "OddsScore", "PatchScore", "QuadraticScore"]
+__all__ = ["CanonicalDensity", "GazePotential", "OddsScore", "PatchScore", "PersonRatio", "QuadraticScore"]
 
 
 @runtime_checkable
@@ -97,6 +98,23 @@ class CanonicalDensity(NamedTuple):
     noise: float
 
 
+class PersonRatio(NamedTuple):
+    """The Bayes factor of "the person of a given picture" against "anybody": it makes the object's density a person's.
+
+    Attributes:
+        identity: what tells people apart.
+        of_v: ``(*batch, direction)`` coordinates of the given pictures; the batch is the leading part of the gazes', or
+            empty.
+    """
+
+    identity: IdentityModel
+    of_v: Float[Tensor, "*batch direction"]
+
+    def log_ratio(self, patch: Float[Tensor, "*batch 24 24"], of_v: Tensor) -> Float[Tensor, "*batch"]:
+        """Of patches in [0, 1] in nats; differentiable."""
+        return self.identity.log_ratio(self.identity.coordinates(patch), of_v).to(patch)
+
+
 class OddsScore:
     """Minus the log odds of a patch, the object's density against clutter's, both of its density coordinates.
 
@@ -108,19 +126,24 @@ class OddsScore:
             image.
         clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
         temperature: divides the log odds, which 576 correlated pixels make overconfident.
+        person: whom the object shows; its ratio brings its own weight, and the temperature leaves it alone.
 
     Raises:
         InputError: a temperature or a noise that is not positive.
     """
 
     def __init__(
-        self, object: EllipticalDensity | CanonicalDensity, clutter: EllipticalDensity | None, temperature: float = 1.0
+        self,
+        object: EllipticalDensity | CanonicalDensity,
+        clutter: EllipticalDensity | None,
+        temperature: float = 1.0,
+        person: PersonRatio | None = None,
     ) -> None:
         if not temperature > 0:
             raise InputError(f"temperature {temperature}: it must be positive")
         if isinstance(object, CanonicalDensity) and not object.noise > 0:
             raise InputError(f"noise {object.noise}: it must be positive")
-        self.object, self.clutter, self.temperature = object, clutter, temperature
+        self.object, self.clutter, self.temperature, self.person = object, clutter, temperature, person
         self._forms: dict[tuple[torch.dtype, torch.device], tuple[list[_Form], Tensor]] = {}
         self._centres: tuple[tuple[int, ...], torch.dtype, Tensor] | None = None
 
@@ -135,7 +158,10 @@ class OddsScore:
             energy = -self.object.log_prob(y)
         if self.clutter is not None:
             energy = energy + self.clutter.log_prob(y)
-        return energy / self.temperature
+        energy = energy / self.temperature
+        if self.person is None:
+            return energy
+        return energy - self.person.log_ratio(patch, _aligned(self.person.of_v, patch.shape[:-2]))
 
     def energy_and_slope(
         self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
@@ -168,7 +194,16 @@ class OddsScore:
                 of_n = of_n + (form.sign * power / (form.nu - 2) / (1 + ratio))[:, None] * pulled
         of_n = of_n - of_n.mean(-1, keepdim=True)
         slope = (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
-        return energy / self.temperature, slope / self.temperature
+        energy, slope = energy / self.temperature, slope / self.temperature
+        if self.person is not None:
+            of_v = _aligned(self.person.of_v, batch)
+            of_v = of_v.expand(*batch, -1).reshape(-1, of_v.shape[-1])[rows]
+            with torch.enable_grad():
+                seen = patch.detach().reshape(-1, CANONICAL_SIZE, CANONICAL_SIZE).requires_grad_(True)
+                ratio = self.person.log_ratio(seen, of_v)
+                (of_seen,) = torch.autograd.grad(ratio.sum(), seen)
+            energy, slope = energy - ratio.detach(), slope - of_seen.flatten(-2)
+        return energy, slope
 
     def _form(self, like: Tensor) -> tuple[list["_Form"], Tensor]:
         """The elliptical densities as functions of the normalised patch, and their precision matrices side by side."""

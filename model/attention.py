@@ -27,6 +27,7 @@ from foveate.model.clutter import ClutterModel, NoisyDensity
 from foveate.model.dbn import CanonicalGivenHidden, DeepBeliefNet, HiddenPrior
 from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
+from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates
 
 __all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_pyramid"]
@@ -112,6 +113,7 @@ class AttentionModel(PyroModule):
         temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
         prior_options: keyword arguments of the gaze prior.
+        identity: what tells people apart, for attending to the person of a given picture; None if nobody taught it.
         latent: which density the program is:
 
             * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC
@@ -134,6 +136,7 @@ class AttentionModel(PyroModule):
         temperature: float = 1.0,
         gaze_prior: Literal["proper", "flat"] = "proper",
         prior_options: dict[str, float] | None = None,
+        identity: IdentityModel | None = None,
         latent: Literal["full", "given_hidden", "collapsed"] = "full",
     ):
         super().__init__()
@@ -145,6 +148,7 @@ class AttentionModel(PyroModule):
             raise InputError(f"noise={noise}: the likelihood needs a positive standard deviation")
         self.dbn = dbn
         self.clutter = clutter
+        self.identity = identity
         self.noise, self.temperature = noise, temperature
         # What the prior has to beat, fitted on the same crops: kept with the model so that every evaluation can say so.
         self.baselines = torch.nn.ModuleDict(
@@ -161,6 +165,7 @@ class AttentionModel(PyroModule):
             "gaze_prior": self.gaze_prior,
             "prior_options": self.prior_options,
             "clutter": self.clutter is not None,
+            "identity": None if self.identity is None else len(self.identity.between),
         }
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
@@ -172,6 +177,7 @@ class AttentionModel(PyroModule):
             temperature=self.temperature,
             gaze_prior=cast(Literal["proper", "flat"], self.gaze_prior),
             prior_options=self.prior_options,
+            identity=self.identity,
             latent=latent,
         )
         other.baselines = self.baselines
