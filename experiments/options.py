@@ -91,7 +91,7 @@ class StageBars:
         if stage != self.stage:
             self._end()
             self.stage, self.began = stage, time.perf_counter()
-            self.bar = tqdm(total=total, desc=stage, disable=not self.watched, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=done, desc=stage, disable=not self.watched, dynamic_ncols=True)
         self.figure = figure
         if self.bar is not None:
             self.bar.update(max(0, done - self.bar.n))

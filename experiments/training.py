@@ -1,6 +1,7 @@
 """The commands `train` (a run from labelled scenes) and `sample` (what a run's prior believes in)."""
 
 import dataclasses
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from matplotlib.figure import Figure
 from foveate.data import Scenes, orl_clutter
 from foveate.experiments.figures import Sheet, sheets_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
-from foveate.experiments.outputs import check_picture, check_run, save_figure
+from foveate.experiments.outputs import check_picture, check_run, save_figure, write_text
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
 from foveate.model import DeepBeliefNet
+from foveate.model.errors import InputError
 
-__all__ = ["Budget", "Sample", "Train", "default_clutter", "fit_logged", "prior_figure"]
+__all__ = ["Budget", "Sample", "Train", "default_clutter", "fit_logged", "prior_figure", "unfinished_training"]
 
 # Crops of the bundled photographs that serve as clutter where none is given.
 BUNDLED_CLUTTER = 200
@@ -61,17 +63,22 @@ class Train(Common):
         clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by
             default those, where scikit-image is installed, else windows of the scenes that miss the object.
         out: the run, a folder; an earlier run there is replaced.
+        resume: go on with training that was interrupted, to the same result.
         budget: how long to train.
     """
 
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     clutter: str | None = None
     out: Path
+    resume: bool = False
     budget: Budget = field(default_factory=Budget)
 
     def run(self) -> None:
         self.budget.check()
         check_run(self.out)
+        unfinished = unfinished_training(self.out)
+        if unfinished.exists() and not self.resume:
+            raise InputError(f"{unfinished}: holds unfinished training; go on with --resume, or remove that folder")
         scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
         clutter = default_clutter(self.clutter, self.seed)
         announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
@@ -105,9 +112,18 @@ class Sample(Common):
 
 
 def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget, seed: int, device: str) -> Run:
-    """`foveate.inference.fit.fit` with progress bars; the run, with the log of its training, goes to `out`."""
-    log: list[dict[str, Any]] = []
-    began = time.perf_counter()
+    """`foveate.inference.fit.fit` with progress bars; the run, with the log of its training, goes to `out`.
+
+    Training that was interrupted goes on from `unfinished_training`, and its log with it.
+    """
+    unfinished = unfinished_training(out)
+    lines = unfinished / "log.jsonl"
+    # What was done after the last state that was kept is done, and logged, once more.
+    log: dict[tuple[str, int], dict[str, Any]] = {}
+    if lines.is_file():
+        earlier = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        log = {(entry["stage"], entry["done"]): entry for entry in earlier}
+    began = time.perf_counter() - max((entry["seconds"] for entry in log.values()), default=0.0)
     with StageBars() as bars:
 
         def progress(stage: str, done: int, total: int, figure: float) -> None:
@@ -115,11 +131,28 @@ def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget
             # A hundred lines of each stage tell how it went; reading has nothing to tell.
             if stage != "reading" and (done % max(1, total // 100) == 0 or done >= total - 1):
                 seconds = round(time.perf_counter() - began, 2)
-                log.append({"stage": stage, "done": done, "total": total, "figure": figure, "seconds": seconds})
+                entry = {"stage": stage, "done": done, "total": total, "figure": figure, "seconds": seconds}
+                log[stage, done] = entry
+                if unfinished.is_dir():
+                    write_text(lines, "".join(json.dumps(entry) + "\n" for entry in log.values()))
 
-        run = fit(scenes, clutter, **dataclasses.asdict(budget), seed=seed, device=device, progress=progress)
-    save(run, out, log)
+        run = fit(
+            scenes,
+            clutter,
+            **dataclasses.asdict(budget),
+            seed=seed,
+            device=device,
+            progress=progress,
+            checkpoint=unfinished,
+            resume=True,
+        )
+    save(run, out, log.values())
     return run
+
+
+def unfinished_training(out: Path) -> Path:
+    """Where the training of a run is kept until the run is whole."""
+    return out.with_name(f"{out.name}.training")
 
 
 def default_clutter(spec: str | None, seed: int) -> Scenes | None:

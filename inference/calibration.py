@@ -10,17 +10,22 @@ the draws, so that a mode far out in the picture is measured as one in its middl
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveate.inference.attend import attend
+from foveate.inference.guide import GazeGuide
 from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
 
-__all__ = ["LEVEL", "Reliability", "coverage_factor", "reach", "reliability"]
+__all__ = ["LEVEL", "Reliability", "calibrated_factor", "coverage_factor", "reach", "reliability"]
 
 LEVEL = 0.9
+# Scenes that are attended to together.
+BATCH = 16
 # Added to the variances of draws that never moved, in chart units: a region without width has no distances.
 LEAST_VARIANCE = 1e-12
 
@@ -93,6 +98,33 @@ def coverage_factor(
     ordered = torch.where(known, reached, math.inf).sort().values
     rank = min(len(ordered), math.ceil((len(ordered) + 1) * level))
     return float(ordered[rank - 1].clamp(max=reached[known].max()))
+
+
+def calibrated_factor(
+    model: AttentionModel,
+    guide: GazeGuide,
+    scenes: Any,
+    rows: Int[Tensor, " held"],
+    truth: Float[Tensor, "scene 4"],
+    seed: int = 0,
+) -> float:
+    """`coverage_factor` of a model and its guide on scenes that nothing was trained on, with no initial gaze.
+
+    Args:
+        model: samples gazes.
+        guide: proposes them.
+        scenes: with ``pictures(indices)``, such as `foveate.data.Scenes`.
+        rows: which of the scenes were held out.
+        truth: true gazes of all scenes.
+        seed: of the sampler.
+    """
+    reached, found = [], []
+    for part in rows.split(BATCH):
+        true = truth[part]
+        posterior = attend(model, guide, scenes.pictures(part.tolist()), chains=2, draws=100, warmup=50, seed=seed)
+        reached.append(reach(posterior.gaze, true))
+        found.append(gazes.overlap(posterior.mean_gaze, true.double()) > 0.5)
+    return coverage_factor(torch.cat(reached), torch.cat(found))
 
 
 def reliability(stated: Float[Tensor, " case"], happened: Bool[Tensor, " case"], bins: int = 10) -> Reliability:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from foveate.inference.glance import VIEW_STEP, glance_loss, propose
 from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeChange, GazeGuide, change_chart
+from foveate.inference.resume import Checkpoint
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid
@@ -65,20 +66,24 @@ def train_glance(
     rate: float = 3e-3,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> float:
     """Train ``guide.glance`` on square views of the scenes; returns the mean loss of the last tenth of the steps.
+
+    With a `checkpoint` it goes on from the state that is there, to the same result.
 
     Convention: views are 64×64 at 1.5 canonical pixels a pixel, so four patches wide, around random gazes near the
     object, far from it, and (a quarter of the batch) on clutter.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(guide.parameters()).device
-    losses: list[float] = []
     extent = VIEW * VIEW_STEP / gazes.CANONICAL_SIZE
     quarter = batch // 4
     optimiser, schedule = _optimiser(guide.glance, rate, steps)
+    checkpoint = checkpoint or Checkpoint()
+    losses, _ = checkpoint.begin("glance", guide.glance, optimiser, generator)
     guide.glance.train()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         scene = data.draw(batch, generator)
         truth = data.gaze[scene]
         view = _random_views(truth, data.pyramid.size[scene], generator)
@@ -93,6 +98,7 @@ def train_glance(
         output = guide.glance(_lighting(window.float(), generator).to(device))
         loss = glance_loss(output, target.to(device), present.to(device)).total
         losses.append(_descend(loss, guide.glance, optimiser, schedule, step))
+        checkpoint.keep("glance", guide.glance, optimiser, generator, losses, step == steps - 1)
         if progress:
             progress(step, steps, losses[-1])
     guide.glance.eval()
@@ -109,8 +115,11 @@ def train_looks(
     nll_weight: float = 0.1,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> float:
     """Train the guide's window network; returns the mean loss of the last tenth of the steps.
+
+    With a `checkpoint` it goes on from the state that is there, to the same result.
 
     A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide
     perturbations of the truth; a third more windows teach presence: on clutter and off the object, half of them where
@@ -123,15 +132,17 @@ def train_looks(
     mean_canonical = data.canonical.mean(0)
     own = batch // 3
     off = batch // 6
-    pool: tuple[Tensor, Tensor] | None = None
-    losses: list[float] = []
     modules = nn.ModuleList([guide.canonical, guide.votes])
     optimiser, schedule = _optimiser(modules, rate, steps)
     guide.eval()
     distractors = _Distractors.found(guide, data)
+    checkpoint = checkpoint or Checkpoint()
+    losses, further = checkpoint.begin("look", modules, optimiser, generator)
+    pool = (further["scene"], further["start"]) if further else None
+    distractors.now = further.get("distractors", distractors.now)
     guide.train()
     guide.glance.eval()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         scene = data.draw(batch, generator)
         start = _perturbed(data.gaze[scene], generator)
         if pool is not None:
@@ -169,6 +180,8 @@ def train_looks(
             following = torch.where(over, data.draw(own, generator), scene[:own])
             again = _perturbed(data.gaze[following], generator)
             pool = following, torch.where(over[:, None], again, moved.to(again.dtype))
+        further = {"scene": pool[0], "start": pool[1], "distractors": distractors.now}
+        checkpoint.keep("look", modules, optimiser, generator, losses, step == steps - 1, **further)
         if progress:
             progress(step, steps, losses[-1])
     guide.eval()
