@@ -40,7 +40,7 @@ class Budget:
         dbn_steps: of the deep belief network at most; it stops by itself.
     """
 
-    glance_steps: int = 1500
+    glance_steps: int = 3000
     look_steps: int = 1500
     dbn_steps: int = 2000
 

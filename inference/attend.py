@@ -129,14 +129,14 @@ def search(
     near = None
     if start is None:
         proposals = propose(guide.glance, pyramid, PROPOSALS)
-        first, glance_logit = proposals.gaze.double(), proposals.logit.double()
+        first, found = proposals.gaze.double(), torch.isfinite(proposals.logit)
     else:
         first = start.to(pyramid.texels.device).double()[:, None]
-        glance_logit = first.new_zeros(count, 1)
+        found = torch.ones(count, 1, dtype=torch.bool, device=first.device)
         if canonical is not None and steps > 0:
             near = _within_reach(propose(guide.glance, pyramid, GLANCES), first)
             first = first.expand(-1, 1 + PROPOSALS, -1)
-            glance_logit = torch.cat([glance_logit, near.logit], 1)
+            found = torch.cat([found, torch.isfinite(near.logit)], 1)
     k = first.shape[1]
     scene = torch.arange(count, device=first.device).repeat_interleave(k)
     if canonical is None:
@@ -159,7 +159,7 @@ def search(
         proposed = steps_taken[0 if near is None else 1]
         stayed = torch.cat([first[:, :, None], proposed[:, :, None].expand(-1, -1, steps, -1)], 2)
         end, path = torch.cat([proposed, path[:, :, -1]], 1), torch.cat([stayed, path], 1)
-        glance_logit = glance_logit.repeat(1, 2)
+        found = found.repeat(1, 2)
     else:
         end, looks = path[:, :, -1], looks[1:]
     chart = end.new_tensor(gazes.LocalChart(end).scales)
@@ -168,10 +168,12 @@ def search(
     presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
     knows = _knows_people(model)
     odds = integrated_odds(model, pyramid, end, sd, None if knows else canonical)
-    features = torch.stack([odds, glance_logit, presence], -1)
+    where = scene.reshape(count, k).repeat(1, end.shape[1] // k).flatten()
+    recognised = guide.recognise(pyramid, end.reshape(-1, 4), where).double().reshape(odds.shape)
+    features = torch.stack([odds, recognised, presence], -1)
     weights = guide.evidence.double()
     log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
-    log_weight = torch.where(torch.isfinite(glance_logit), log_weight, -math.inf)
+    log_weight = torch.where(found, log_weight, -math.inf)
     if canonical is None or not knows:
         return _merged(end, sd, features, log_weight, path, modes)
     return _of_person(
@@ -534,7 +536,7 @@ def _stock(
 def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path: Tensor, modes: int) -> Candidates:
     """End points that overlap become one mode (the heaviest stands for it); best first, padded to `modes`."""
     count = len(log_weight)
-    overlap = gazes.overlap(end[:, :, None], end[:, None, :]) > MERGE
+    overlap = (gazes.overlap(end[:, :, None], end[:, None, :]) > MERGE).cpu()
     order = log_weight.argsort(-1, descending=True)
     chosen = torch.zeros(count, modes, dtype=torch.int64, device=log_weight.device)
     valid = torch.zeros(count, modes, dtype=torch.bool, device=log_weight.device)

@@ -65,7 +65,7 @@ def fit(
     scenes: LabelledScenes,
     clutter: ScenePictures | None = None,
     *,
-    glance_steps: int = 1500,
+    glance_steps: int = 3000,
     look_steps: int = 1500,
     dbn_steps: int = 2000,
     noise: float = 1.0,
@@ -337,9 +337,10 @@ def _evidence_weights(
 ) -> Float[Tensor, "4"]:
     """Weights of a mode's evidence, and the constant that sets it against "no object here".
 
-    The weights of (integrated log-odds, glance logit, presence logit) maximise the likelihood of the true mode among
-    the modes found (a conditional logit, ridge towards weak equal weights). The constant lies midway between the
-    weakest tenth of the right modes and the strongest tenth of the wrong ones.
+    The weights of (integrated log-odds, recognition logit, presence logit) maximise the likelihood of the true mode
+    among the modes found: a conditional logit, with a ridge towards weights that carry over to pictures of another
+    kind. The constant lies midway between the weakest tenth of the right modes and the strongest tenth of the wrong
+    ones.
     """
     start, width = torch.tensor([0.05, 1.0, 0.4]).double(), torch.tensor([0.3, 0.5, 0.3]).double()
     everything = features.nan_to_num(neginf=-30.0).double()

@@ -74,14 +74,14 @@ class Glance(nn.Module):
             self.head.bias[0] = -4.6
 
     def forward(self, views: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n 5 cell_rows cell_columns"]:
-        return self.head(self.features(local_contrast(views)[:, None]))
+        return self.head(self.features(local_contrast(views)))
 
 
 def feature_layers(width: int) -> nn.Sequential:
-    """Convolutions ``(n, 1, rows, columns) -> (n, 3 width, rows / 4, columns / 4)``; a cell sees 49×49 pixels."""
+    """Convolutions ``(n, 2, rows, columns) -> (n, 3 width, rows / 4, columns / 4)``; a cell sees 49×49 pixels."""
     layers: list[nn.Module] = []
     for inputs, outputs, kernel, stride, dilation in (
-        (1, width, 5, 2, 1),
+        (2, width, 5, 2, 1),
         (width, 2 * width, 3, 2, 1),
         (2 * width, 3 * width, 3, 1, 1),
         (3 * width, 3 * width, 3, 1, 2),
@@ -205,19 +205,26 @@ def _thin(gaze: Tensor, logit: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if not near_rows[j, chosen].any():
             chosen.append(j)
     missing = count - len(chosen)
-    gaze, logit = gaze[chosen], logit[chosen]
+    rows = torch.tensor(chosen, device=gaze.device)
+    gaze, logit = gaze[rows], logit[rows]
     if missing:
         gaze = torch.cat([gaze, gaze[:1].expand(missing, 4)])
         logit = torch.cat([logit, logit.new_full((missing,), -math.inf)])
     return gaze, logit
 
 
-def local_contrast(views: Tensor) -> Tensor:
-    """Views less the local mean, over the local sd, both over about two patches: lighting stays outside."""
+def local_contrast(views: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n 2 rows columns"]:
+    """Views less the local mean, over the local sd: over about two patches, and over three quarters of one.
+
+    The wide one leaves the lighting of the scene outside, the narrow one the shadow on one side of an object.
+    """
     small = functional.avg_pool2d(views[:, None], CELL, ceil_mode=True, count_include_pad=False)
     square = functional.avg_pool2d((views * views)[:, None], CELL, ceil_mode=True, count_include_pad=False)
-    mean = functional.avg_pool2d(small, 9, 1, 4, count_include_pad=False)
-    variance = functional.avg_pool2d(square, 9, 1, 4, count_include_pad=False) - mean * mean
-    both = torch.cat([mean, torch.sqrt(variance.clamp(min=0) + 0.05**2)], 1)
-    both = functional.interpolate(both, size=views.shape[1:], mode="bilinear", align_corners=False)
-    return (views - both[:, 0]) / both[:, 1]
+    channels = []
+    for cells in (9, 3):
+        mean = functional.avg_pool2d(small, cells, 1, cells // 2, count_include_pad=False)
+        variance = functional.avg_pool2d(square, cells, 1, cells // 2, count_include_pad=False) - mean * mean
+        both = torch.cat([mean, torch.sqrt(variance.clamp(min=0) + 0.05**2)], 1)
+        both = functional.interpolate(both, size=views.shape[1:], mode="bilinear", align_corners=False)
+        channels.append((views - both[:, 0]) / both[:, 1])
+    return torch.stack(channels, 1)

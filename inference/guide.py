@@ -15,6 +15,8 @@ __all__ = ["CHANGE_SCALES", "GazeChange", "GazeGuide", "WINDOW", "WINDOW_EXTENT"
 
 # The window is three patches (72 canonical pixels) wide and is read at two thirds of the canonical resolution.
 WINDOW, WINDOW_EXTENT = 48, 3.0
+# The window's cells within half a patch of its middle.
+MIDDLE = slice(4, 9)
 # One unit of change: half a patch in x and y, a factor e in scale, a radian.
 CHANGE_SCALES = (12.0, 12.0, 1.0, 1.0)
 
@@ -74,7 +76,7 @@ class GazeGuide(nn.Module):
         # sds are stored after a recalibration on held-out scenes: one factor per coordinate, 1 until then.
         self.register_buffer("log_sd_offset", torch.zeros(4))
 
-        # Weights of (integrated log-odds, glance logit, presence logit, 1) in the log-weight of a mode against "no
+        # Weights of (integrated log-odds, recognition logit, presence logit, 1) in the log-weight of a mode against "no
         # object here": what makes modes and presence calibrated; fitted on held-out scenes, the plain odds until then.
         self.register_buffer("evidence", torch.tensor([1.0, 0.0, 0.0, 0.0]))
         # 1 where the guide's own distribution of the gaze also acts as a prior p(u | I): a named variant of the model.
@@ -87,7 +89,7 @@ class GazeGuide(nn.Module):
     def forward(self, window: Float[Tensor, "n 48 48"], canonical: Float[Tensor, "n 24 24"]) -> GazeChange:
         # No gradient to the features: looks see far fewer windows than glances see cells, and would overfit them.
         with torch.no_grad():
-            features = self.glance.features(local_contrast(window)[:, None])
+            features = self.glance.features(local_contrast(window))
         gain, offset = self.canonical(normalise(canonical)[:, None]).chunk(2, -1)
         features = features * (1 + gain[..., None, None]) + offset[..., None, None]
         output = self.votes(features)
@@ -109,6 +111,19 @@ class GazeGuide(nn.Module):
         """What the guide sees at gazes: `scene` says which scene of the pyramid each row looks at."""
         window = pyramid.extract(gaze, WINDOW, WINDOW_EXTENT, scene)
         return self(window.to(self.log_sd_offset), canonical.to(self.log_sd_offset))
+
+    @torch.no_grad()
+    def recognise(self, pyramid: Pyramid, gaze: Float[Tensor, "n 4"], scene: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Logit that an object lies in just these gazes: the glance's presence in the middle cells of their windows.
+
+        A proposal is seen at one of a few scales and anywhere in a cell; here the gaze itself sets the window, which is
+        seen a second time in a mirror: the mean of the two ranks modes better than either.
+
+        Convention: gazes in scene pixels; `scene` says which scene of the pyramid each row looks at.
+        """
+        window = pyramid.extract(gaze, WINDOW, WINDOW_EXTENT, scene).to(self.log_sd_offset)
+        logits = [self.glance(seen)[:, 0, MIDDLE, MIDDLE].flatten(1).amax(1) for seen in (window, window.flip(-1))]
+        return (logits[0] + logits[1]) / 2
 
     def step(
         self,

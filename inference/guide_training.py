@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foveate.inference.augmentation import blended, mirrored, on_other_background, partly_covered, relit, stretched
 from foveate.inference.glance import VIEW_STEP, glance_loss, propose
 from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeChange, GazeGuide, change_chart
 from foveate.inference.resume import Checkpoint
@@ -88,14 +89,22 @@ def train_glance(
         truth = data.gaze[scene]
         view = _random_views(truth, data.pyramid.size[scene], generator)
         window = data.pyramid.extract(view, VIEW, extent, scene)
-        target = gazes.compose(gazes.inverse(view), truth).float()
+        relative = gazes.compose(gazes.inverse(view), truth)
+        target = relative.float()
+        second = data.draw(batch, generator)
+        same_place = gazes.compose(data.gaze[second].double(), gazes.inverse(relative))
+        window = blended(window, data.pyramid.extract(same_place, VIEW, extent, second), target, generator)
         present = torch.ones(batch)
+        other = None
         if data.clutter is not None:
             other = _clutter_windows(data.clutter, batch, VIEW, extent, generator)
-            window = _swap_background(window, other, target, extent, 0.3, generator)
-            window[:quarter], present[:quarter] = other[:quarter], 0.0
-        window, target, _ = _mirror(window, target, None, generator)
-        output = guide.glance(_lighting(window.float(), generator).to(device))
+            window = on_other_background(window, other.float(), target, extent, 0.3, generator)
+            window = partly_covered(window, other, target, generator)
+        window = stretched(window, target, generator)
+        if other is not None:
+            window[:quarter], present[:quarter] = other[:quarter].float(), 0.0
+        window, target, _ = mirrored(window, target, None, generator)
+        output = guide.glance(relit(window.float(), generator).to(device))
         loss = glance_loss(output, target.to(device), present.to(device)).total
         losses.append(_descend(loss, guide.glance, optimiser, schedule, step))
         checkpoint.keep("glance", guide.glance, optimiser, generator, losses, step == steps - 1)
@@ -154,15 +163,17 @@ def train_looks(
         canonical = _canonical_images(data, scene, mean_canonical, generator).float()
         if data.clutter is not None:
             missed = _clutter_windows(data.clutter, batch, WINDOW, WINDOW_EXTENT, generator)
-            window = _swap_background(window, missed, relative, WINDOW_EXTENT, 0.25, generator)
+            window = on_other_background(window, missed, relative, WINDOW_EXTENT, 0.25, generator)
+            window = partly_covered(window, missed, relative, generator)
         else:
             missed = _missed_windows(data, off, generator)
-        window, target, mirrored = _mirror(window, target, canonical, generator)
-        assert mirrored is not None
+        window = stretched(window, relative, generator)
+        window, target, shown = mirrored(window, target, canonical, generator)
+        assert shown is not None
         vain, rows = distractors.windows(off, generator)
         window = torch.cat([window, missed[:off], vain]).float()
-        mirrored = torch.cat([mirrored, mirrored[: off + len(rows)]])
-        change = guide(_lighting(window, generator).to(device), _lighting(mirrored, generator).to(device))
+        shown = torch.cat([shown, shown[: off + len(rows)]])
+        change = guide(relit(window, generator).to(device), relit(shown, generator).to(device))
         loss = _look_loss(change, target.to(device), batch, nll_weight)
         losses.append(_descend(loss, modules, optimiser, schedule, step))
         with torch.no_grad():
@@ -337,39 +348,6 @@ def random_gazes(size: Int[Tensor, "n 2"], generator: torch.Generator) -> Float[
     return gazes.from_parts(centre, scale, _uniform(n, -0.35, 0.35, generator))
 
 
-def _swap_background(
-    window: Tensor, other: Tensor, relative: Tensor, extent: float, share: float, generator: torch.Generator
-) -> Tensor:
-    """In a share of the windows keep a soft ellipse about the object and put clutter everywhere else.
-
-    Convention: `relative` ``(n, 4)`` carries the object's canonical frame into the window's.
-    """
-    size = window.shape[-1]
-    at = gazes.lattice(size, extent, relative.dtype).reshape(1, -1, 2)
-    p = gazes.apply(gazes.inverse(relative)[:, None, :], at)
-    radius = torch.sqrt((p[..., 0] / 13.0).square() + ((p[..., 1] - 0.5) / 16.5).square())
-    mask = torch.sigmoid((1.05 - radius) / 0.06).reshape(window.shape).to(window.dtype)
-    chosen = (torch.rand(window.shape[0], generator=generator) < share).to(window.dtype)[:, None, None]
-    return window + chosen * (1 - mask) * (other - window)
-
-
-def _mirror(
-    window: Tensor, target: Tensor, canonical: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Half of the batch seen in a mirror. Targets are gazes ``(a, b, tx, ty)`` or changes ``(x, y, log-scale, angle)``.
-
-    Convention: x → -x turns the angle round; of a gaze that negates b and tx, of a change the first and last
-    coordinate.
-    """
-    flip = torch.rand(window.shape[0], generator=generator) < 0.5
-    sign = torch.tensor([-1.0, 1.0, 1.0, -1.0] if canonical is not None else [1.0, -1.0, -1.0, 1.0], dtype=target.dtype)
-    window = torch.where(flip[:, None, None], window.flip(-1), window)
-    target = torch.where(flip[:, None], target * sign, target)
-    if canonical is not None:
-        canonical = torch.where(flip[:, None, None], canonical.flip(-1), canonical)
-    return window, target, canonical
-
-
 def _canonical_images(data: GuideData, scene: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
     n = scene.shape[0]
     kind = torch.rand(n, generator=generator)
@@ -379,24 +357,3 @@ def _canonical_images(data: GuideData, scene: Tensor, mean: Tensor, generator: t
         other = torch.multinomial(same, 1, generator=generator)[:, 0]
     images = torch.where((kind < 0.7)[:, None, None], data.canonical[scene], data.canonical[other])
     return torch.where((kind < 0.4)[:, None, None], mean, images)
-
-
-def _lighting(window: Tensor, generator: torch.Generator) -> Tensor:
-    """Gamma, a lighting ramp, gain and offset, a lamp from the side, a little blur, noise: cameras and lamps."""
-    n, rows, columns = window.shape
-    shape = (n, 1, 1)
-
-    def normal(sd: float) -> Tensor:
-        return sd * torch.randn(shape, generator=generator)
-
-    x = window.clamp(1e-3, 1.0) ** torch.exp(normal(0.4))
-    y_axis, x_axis = torch.linspace(-1, 1, rows)[:, None], torch.linspace(-1, 1, columns)[None, :]
-    x = x * torch.exp(normal(0.25) * x_axis + normal(0.25) * y_axis) * torch.exp(normal(0.3)) + normal(0.05)
-    # A lamp from one side: beyond a soft edge of any direction the light is another one; too much of it saturates.
-    direction = 2 * math.pi * torch.rand(shape, generator=generator)
-    edge = (torch.cos(direction) * x_axis + torch.sin(direction) * y_axis - normal(0.4)) / (0.05 + normal(0.2).abs())
-    lamp = normal(0.7) * (torch.rand(shape, generator=generator) < 0.4)
-    x = (x * torch.exp(lamp * torch.sigmoid(edge))).clamp(0, 1)
-    soft = functional.avg_pool2d(functional.pad(x[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[:, 0]
-    x = torch.where(torch.rand(shape, generator=generator) < 0.25, soft, x)
-    return x + torch.rand(shape, generator=generator) * 0.04 * torch.randn(x.shape, generator=generator)

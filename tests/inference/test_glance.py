@@ -39,8 +39,8 @@ def test_a_cell_looks_at_the_pixel_that_its_centre_names(rows: int, columns: int
     # Positions of the view's pixels in canonical pixels of the gaze that made the view.
     pixels = gazes.lattice((rows, columns), columns * VIEW_STEP / gazes.CANONICAL_SIZE)
     for row, column in ((9, 9), (8, 10), (10, 8)):
-        view = torch.zeros(1, 1, rows, columns)
-        view[0, 0, CELL * row, CELL * column] = 1
+        view = torch.zeros(1, 2, rows, columns)
+        view[0, :, CELL * row, CELL * column] = 1
         response = layers(view)[0, 0]
         assert response.shape == (rows // CELL, columns // CELL)
         torch.testing.assert_close(cells[row, column], pixels[CELL * row, CELL * column])
@@ -51,7 +51,7 @@ def test_a_cell_looks_at_the_pixel_that_its_centre_names(rows: int, columns: int
 
 
 def test_a_cell_sees_three_patches() -> None:
-    view = torch.zeros(1, 1, 96, 96, requires_grad=True)
+    view = torch.zeros(1, 2, 96, 96, requires_grad=True)
     response = transparent(feature_layers(1))(view + 1)
     (slope,) = torch.autograd.grad(response[0, 0, 12, 12], view)
     seen = slope[0, 0].nonzero()

@@ -176,3 +176,18 @@ def test_the_window_is_three_patches_at_two_thirds_of_the_resolution() -> None:
     points = gazes.lattice(WINDOW, WINDOW_EXTENT)
     torch.testing.assert_close(points[0, 1] - points[0, 0], torch.tensor([1.5, 0.0]))
     assert CHANGE_SCALES[0] == gazes.CANONICAL_SIZE / 2
+
+
+def test_an_object_and_its_mirror_image_are_recognised_alike() -> None:
+    guide = GazeGuide(4).eval()
+    torch.nn.init.normal_(guide.glance.head.weight)
+    picture = torch.rand(60, 80, dtype=torch.float64)
+    gaze = gazes.from_parts(
+        torch.tensor([[40.0, 30.0], [20.0, 25.0]]), torch.tensor([0.7, 1.0]), torch.tensor([0.2, 0.0])
+    )
+    mirror = gaze * torch.tensor([1.0, -1.0, -1.0, 1.0]) + torch.tensor([0.0, 0.0, 79.0, 0.0])
+    scene = torch.zeros(2, dtype=torch.long)
+    here = guide.recognise(Pyramid.build([picture]), gaze.double(), scene)
+    there = guide.recognise(Pyramid.build([picture.flip(1)]), mirror.double(), scene)
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-4)  # float32 sums over mirrored windows
+    assert not torch.equal(here[0], here[1])

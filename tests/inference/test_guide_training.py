@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.inference import guide_training as training
-from foveate.inference.guide import WINDOW, WINDOW_EXTENT, GazeGuide, change_chart
+from foveate.inference.guide import WINDOW, GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -69,52 +69,7 @@ def test_scenes_are_drawn_with_their_weights() -> None:
     torch.testing.assert_close(counts, torch.tensor([0.0, 0.25, 0.75]), rtol=0, atol=0.03)
 
 
-# ---- augmentation
-
-
-def mirrored(gaze: Tensor, width: int) -> Tensor:
-    """The gaze that sees in the mirrored picture what `gaze` sees in the picture, mirrored."""
-    return gaze * torch.tensor([1.0, -1.0, -1.0, 1.0]) + torch.tensor([0.0, 0.0, width - 1.0, 0.0])
-
-
-@pytest.mark.parametrize("change", [False, True], ids=["gazes", "changes"])
-def test_mirroring_a_window_and_its_target_is_looking_at_the_mirrored_picture(change: bool) -> None:
-    picture = torch.rand(50, 60, dtype=torch.float64)
-    n = 24
-    at = training.random_gazes(torch.tensor([50, 60]).expand(n, 2), generator(1))
-    truth = training._perturbed(at, generator(2))
-
-    def seen(picture: Tensor, at: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        target = change_chart(at).to_chart(truth) if change else gazes.compose(gazes.inverse(at), truth)
-        return extract(picture, at, WINDOW, WINDOW_EXTENT), target
-
-    window, target = seen(picture, at, truth)
-    canonical = torch.rand(n, 24, 24, dtype=torch.float64) if change else None
-    new_window, new_target, new_canonical = training._mirror(window, target, canonical, generator(3))
-    there_window, there_target = seen(picture.flip(1), mirrored(at, 60), mirrored(truth, 60))
-    flipped = (new_window != window).flatten(1).any(1)
-    assert 4 < int(flipped.sum()) < 20  # half of 24
-    torch.testing.assert_close(new_window[flipped], there_window[flipped], rtol=0, atol=1e-12)
-    torch.testing.assert_close(new_target[flipped], there_target[flipped], rtol=0, atol=1e-9)
-    torch.testing.assert_close(new_target[~flipped], target[~flipped], rtol=0, atol=0)
-    if canonical is not None:
-        assert new_canonical is not None
-        torch.testing.assert_close(new_canonical[flipped], canonical[flipped].flip(-1), rtol=0, atol=0)
-        torch.testing.assert_close(new_canonical[~flipped], canonical[~flipped], rtol=0, atol=0)
-
-
-def test_a_swapped_background_leaves_the_object_and_nothing_else() -> None:
-    n = 6
-    window, other = torch.zeros(n, WINDOW, WINDOW), torch.ones(n, WINDOW, WINDOW)
-    relative = training._perturbed(gazes.identity(torch.float64).expand(n, 4), generator()).float()
-    swapped = training._swap_background(window, other, relative, WINDOW_EXTENT, 1.0, generator())
-    at = gazes.lattice(WINDOW, WINDOW_EXTENT).reshape(1, -1, 2)
-    p = gazes.apply(gazes.inverse(relative)[:, None], at).reshape(n, WINDOW, WINDOW, 2)
-    on_the_face = p.abs().amax(-1) < 9
-    beyond = p.norm(dim=-1) > 24
-    assert float(swapped[on_the_face].max()) < 0.1  # the soft edge of the mask
-    assert float(swapped[beyond].min()) > 0.99
-    torch.testing.assert_close(training._swap_background(window, other, relative, 3.0, 0.0, generator()), window)
+# ---- where the windows are
 
 
 def test_perturbed_gazes_lie_where_they_are_said_to_lie() -> None:
@@ -154,16 +109,6 @@ def test_the_canonical_image_is_the_mean_or_one_of_the_same_person() -> None:
     anybody = GuideData(data.pyramid, data.gaze, labels)
     images = training._canonical_images(anybody, scene, torch.full((24, 24), -1.0), generator())[:, 0, 0]
     assert len(set(images.tolist())) == 7
-
-
-def test_light_changes_values_and_nothing_else() -> None:
-    windows = torch.rand(5, 48, 48)
-    first, again = (training._lighting(windows, generator(4)) for _ in range(2))
-    assert first.shape == windows.shape and first.isfinite().all()
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
-    # Bright stays bright: the order of intensities survives but for ramp, blur and noise.
-    for before, after in zip(windows.flatten(1), first.flatten(1), strict=True):
-        assert float(torch.corrcoef(torch.stack([before, after]))[0, 1]) > 0.5
 
 
 def test_missed_windows_miss() -> None:
