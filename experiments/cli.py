@@ -10,6 +10,7 @@ import tyro
 from foveate.experiments.attending import Attend
 from foveate.experiments.bench import Bench
 from foveate.experiments.demo import Demo
+from foveate.experiments.density import Density
 from foveate.experiments.learning import Learn
 from foveate.experiments.localisation import Localisation
 from foveate.experiments.options import Common
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[Common]] = {
     "evaluate": Evaluate,
     "sample": Sample,
     "localisation": Localisation,
+    "density": Density,
     "bench": Bench,
 }
 

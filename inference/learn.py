@@ -10,7 +10,7 @@ counts twice), and each round a scene takes part with that probability. A scene 
 changed its mind, teaches little; nothing is cut off for good.
 
 Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
-was sure of in them has drifted: it is dropped, and learning stops.
+was sure of in them has drifted: it is dropped, and learning stops. It also stops where two rounds hardly agree.
 """
 
 import json
@@ -219,6 +219,8 @@ def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) 
         certainty = _certainty(found, before)
         chosen = _chosen(certainty, plan.generator(number, 1))
         if len(chosen) < FEWEST:
+            if number > 1:
+                break
             raise InputError(
                 f"the run recognises the object in {len(chosen)} of {len(train)} scenes, at least {FEWEST} are needed: "
                 "start from one that was trained on more or nearer scenes"
