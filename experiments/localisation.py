@@ -238,8 +238,7 @@ class Seen(NamedTuple):
         guide: ``(scene, 4)`` the heaviest mode before any sampling.
         posterior: with no initial gaze; its draws of canonical images are left out.
         protocol: ``(scene, step, 4)`` from a random initial gaze: start, looks, posterior mean.
-        windows: looked at in one scene, by method.
-        seconds: for one scene, by method.
+        costs: windows looked at and seconds, by method.
         robustness: by kind and size of the initial error.
         convention: ``(4,)`` the labels' own similarity, see `label_convention`; None where it cannot be known.
         factor: by which the run was found to understate its sds; None where it was not looked for.
@@ -248,8 +247,7 @@ class Seen(NamedTuple):
     guide: Tensor
     posterior: Posterior
     protocol: Tensor
-    windows: dict[str, float]
-    seconds: dict[str, float]
+    costs: dict[str, dict[str, float]]
     robustness: dict[tuple[str, float], Robustness]
     convention: Tensor | None
     factor: float | None
@@ -322,17 +320,17 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
     scenes, truth, train = collection.scenes, collection.truth, collection.train
     count = len(scenes)
     how_much: dict[str, Any] = {**dataclasses.asdict(sampling), "seed": seed, "guide_steps": LOOKS}
-    windows: dict[str, float] = {}
-    seconds: dict[str, float] = {}
+    costs: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def measured(name: str) -> Iterator[None]:
         with _counting(run.guide) as looked:
-            began = time.perf_counter()
+            began = _clocks()
             yield
-            seconds[name] = (time.perf_counter() - began) / count
-            windows[name] = looked.total() / count
+            costs[name] = _cost(looked.total(), began, count)
 
+    # What is compiled at its first use is compiled before anything is timed.
+    attend(run.model, run.guide, scenes.subset([0]), chains=1, draws=2, warmup=1)
     with measured("guide"):
         candidates = _search(run, scenes)
     with measured("posterior"):
@@ -344,7 +342,7 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
         protocol = attend(run.model, run.guide, scenes, start=first, progress=True, **how_much)
     for name, of_method in (("posterior", posterior), ("protocol_posterior", protocol)):
         # The sampler looks at one patch a leapfrog step.
-        windows[name] += float(of_method.statistics["n_steps"].double().sum((1, 2)).mean())
+        costs[name]["windows"] += float(of_method.statistics["n_steps"].double().sum((1, 2)).mean())
 
     shown = torch.linspace(0, count - 1, min(starts, count)).round().long()
     convention = None
@@ -358,8 +356,7 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
         candidates.gaze[:, 0],
         dataclasses.replace(posterior, canonical_draws=posterior.canonical_draws[:, :, :0]),
         protocol.path,
-        windows,
-        seconds,
+        costs,
         _robustness(run, scenes.subset(shown), truth[shown], seed),
         convention,
         run.config.get("coverage_factor"),
@@ -428,15 +425,12 @@ def _told(collection: Collection, seen: Sequence[Seen], detectors: Mapping[str, 
             "protocol_posterior": one.protocol[:, -1],
         }
         for name, gaze in found.items():
-            cost = {"windows": one.windows[name], "scenes_per_second": 1 / one.seconds[name]}
-            methods[name].append(_scores(gaze, truth) | cost)
+            methods[name].append(_scores(gaze, truth) | one.costs[name])
     for name, detector in detectors.items():
-        began = time.perf_counter()
+        began = _clocks()
         detections = [detector.detect(scene.picture) for scene in collection.scenes]
-        seconds = time.perf_counter() - began
-        scores = _scores(torch.stack([d.gaze for d in detections]), truth)
-        windows = statistics.fmean(d.windows for d in detections)
-        methods[name].append(scores | {"windows": windows, "scenes_per_second": len(truth) / seconds})
+        cost = _cost(sum(d.windows for d in detections), began, len(truth))
+        methods[name].append(_scores(torch.stack([d.gaze for d in detections]), truth) | cost)
     by_step = torch.stack([gazes.overlap(one.protocol, truth[:, None]).mean(0) for one in seen]).mean(0)
     looks = torch.stack([torch.stack([r.looks for r in one.robustness.values()]) for one in seen]).mean(0)
     return {
@@ -462,6 +456,20 @@ def _told(collection: Collection, seen: Sequence[Seen], detectors: Mapping[str, 
             {"name": collection.scenes.names[i], "seed": k, "iou": iou, "presence": presence}
             for k, i, iou, presence in _failures(collection, seen)
         ],
+    }
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _cost(windows: int, began: tuple[float, float], count: int) -> dict[str, float]:
+    """What a method took for one of `count` scenes; processor seconds are those of all threads."""
+    seconds, processor = (now - before for now, before in zip(_clocks(), began, strict=True))
+    return {
+        "windows": windows / count,
+        "scenes_per_second": count / seconds,
+        "processor_seconds": processor / count,
     }
 
 

@@ -320,11 +320,7 @@ def attend_batches(
     with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
         for begin in range(0, count, batch):
             rows = range(begin, min(begin + batch, count))
-            read = (
-                pictures.pictures(rows) if hasattr(pictures, "pictures") else [_picture(pictures[i], i) for i in rows]
-            )
-            # Everything is worked out where the model lives.
-            pyramid = Pyramid.build([p.to(device) for p in read], oversampling=2.0, smallest=SMALLEST)
+            pyramid, hashes = _read(pictures, rows, device)
             part = slice(rows.start, rows.stop)
             v = None if canonical is None else canonical[part].to(device)
             found = search(
@@ -350,7 +346,7 @@ def attend_batches(
             }
             objects = []
             for number in range(max_objects):
-                objects.append(_sampled(model, guide, pyramid, read, names[part], found, v, settings, number))
+                objects.append(_sampled(model, guide, pyramid, hashes, names[part], found, v, settings, number))
                 found = _without(found, found.gaze[:, 0])
             order = torch.arange(max_objects * len(rows)).reshape(max_objects, -1).T
             yield objects[0] if max_objects == 1 else Posterior.concatenate(objects).subset(order.flatten())
@@ -400,7 +396,7 @@ def _sampled(
     model: AttentionModel,
     guide: GazeGuide,
     pyramid: Pyramid,
-    pictures: list[Tensor],
+    hashes: list[str],
     names: list[str],
     found: Candidates,
     canonical: Tensor | None,
@@ -456,7 +452,7 @@ def _sampled(
         canonical_draws=pictures_v,
         patch=pyramid.extract(mean[:, None])[:, 0].float(),
         names=names,
-        hashes=[picture_hash(p) for p in pictures],
+        hashes=hashes,
         sizes=pyramid.size.clone(),
         settings=settings,
     )
@@ -620,6 +616,19 @@ def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kern
         )
     if canonical is not None and not bool(torch.isfinite(canonical).all()):
         raise InputError("canonical holds values that are not finite: give images in [0, 1]")
+
+
+def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, list[str]]:
+    """The scenes at `rows`, where the model lives, and what tells their pictures from others.
+
+    One picture after the other: what the pyramid keeps of a large one is a small part of it.
+    """
+    parts, hashes = [], []
+    for i in rows:
+        picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else _picture(pictures[i], i)
+        hashes.append(picture_hash(picture))
+        parts.append(Pyramid.build([picture.to(device)], oversampling=2.0, smallest=SMALLEST))
+    return Pyramid.concatenate(parts), hashes
 
 
 def _picture(picture: Any, index: int) -> Tensor:
