@@ -37,8 +37,8 @@ __all__ = [
     "search",
 ]
 
-# Proposals followed per scene; end points that overlap by more than MERGE are one mode.
-PROPOSALS, MERGE = 12, 0.3
+# Proposals looked at once per scene, those followed further, and the overlap beyond which two end points are one mode.
+PROPOSALS, FOLLOWED, MERGE = 12, 6, 0.3
 # Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
 POINTS, SPREAD = 64, 1.5
 # Points among which chains find their starts.
@@ -46,7 +46,7 @@ START_POINTS = 256
 # The guide's sds, in chart units, are kept within these when they set the width of a mode.
 SD_RANGE = (0.1, 4.0)
 # How far from a given start somebody is looked for whose picture is given: in widths of the start or of who is found.
-# That many glances are thinned to `PROPOSALS` within reach.
+# That many glances are thinned to `FOLLOWED` within reach.
 REACH, GLANCES = 4.0, 24
 # Modes among which the person is looked for.
 PEOPLE = 8
@@ -128,14 +128,14 @@ def search(
     count = len(pyramid)
     near = None
     if start is None:
-        proposals = propose(guide.glance, pyramid, PROPOSALS)
-        first, found = proposals.gaze.double(), torch.isfinite(proposals.logit)
+        proposals = _promising(model, guide, pyramid, propose(guide.glance, pyramid, PROPOSALS))
+        first, found = proposals.gaze, torch.isfinite(proposals.logit)
     else:
         first = start.to(pyramid.texels.device).double()[:, None]
         found = torch.ones(count, 1, dtype=torch.bool, device=first.device)
         if canonical is not None and steps > 0:
             near = _within_reach(propose(guide.glance, pyramid, GLANCES), first)
-            first = first.expand(-1, 1 + PROPOSALS, -1)
+            first = first.expand(-1, 1 + FOLLOWED, -1)
             found = torch.cat([found, torch.isfinite(near.logit)], 1)
     k = first.shape[1]
     scene = torch.arange(count, device=first.device).repeat_interleave(k)
@@ -144,15 +144,17 @@ def search(
     else:
         v = canonical.float().repeat_interleave(k, 0)
     with torch.no_grad():
-        change = guide.look(pyramid, first.reshape(-1, 4), v, scene)
-        steps_taken, looks = [first], [change]
+        steps_taken, looks = [first], []
         for step in range(steps):
-            gaze = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)[0].reshape(count, k, 4)
+            gaze, change = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)
+            gaze = gaze.reshape(count, k, 4)
             if step == 0 and near is not None:
                 gaze = torch.cat([gaze[:, :1], near.gaze], 1)
-                looks = [guide.look(pyramid, gaze.reshape(-1, 4), v, scene)]
+            looks.append(change)
             steps_taken.append(gaze)
         looks.append(guide.look(pyramid, steps_taken[-1].reshape(-1, 4), v, scene))
+        # The first gaze that counts as an end point, and the last.
+        looks = [looks[min(steps, 0 if near is None else 1)], looks[-1]]
     path = torch.stack(steps_taken, 2)
     if start is None or near is not None:
         # What was proposed stays a candidate beside where the looks led from it: a look may lose an object, too.
@@ -551,6 +553,19 @@ def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path:
     return Candidates(pick(end), pick(sd), pick(features), weight, pick(path))
 
 
+@torch.no_grad()
+def _promising(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, proposals: Proposals) -> Proposals:
+    """The `FOLLOWED` proposals in which one look on shows most of an object, best first."""
+    gaze = proposals.gaze.double()
+    count, k = gaze.shape[:2]
+    scene = torch.arange(count, device=gaze.device).repeat_interleave(k)
+    v = model.dbn.to_canonical(model.dbn.core.mean.float()).expand(count * k, -1, -1)
+    moved, _ = guide.step(pyramid, gaze.reshape(-1, 4), v, scene)
+    seen = guide.recognise(pyramid, moved, scene).to(proposals.logit).reshape(count, k)
+    best = torch.where(torch.isfinite(proposals.logit), seen, -math.inf).topk(min(FOLLOWED, k), 1)
+    return Proposals(gaze.gather(1, best.indices[..., None].expand(-1, -1, 4)), best.values)
+
+
 def _within_reach(proposals: Proposals, start: Float[Tensor, "scene 1 4"]) -> Proposals:
     """The best of those no farther from the start than `REACH` patch widths; -inf is the logit of what is missing."""
     gaze, logit = proposals.gaze.double(), proposals.logit.double()
@@ -558,7 +573,7 @@ def _within_reach(proposals: Proposals, start: Float[Tensor, "scene 1 4"]) -> Pr
     begin = gazes.parts(start)
     width = gazes.CANONICAL_SIZE * torch.maximum(scale, begin.scale)
     far = (centre - begin.centre).norm(dim=-1) > REACH * width
-    best = torch.where(far, -math.inf, logit).topk(PROPOSALS, 1)
+    best = torch.where(far, -math.inf, logit).topk(FOLLOWED, 1)
     return Proposals(gaze.gather(1, best.indices[..., None].expand(-1, -1, 4)), best.values)
 
 
