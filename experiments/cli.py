@@ -7,11 +7,13 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from foveate.experiments.ambiguity import Ambiguity
 from foveate.experiments.attending import Attend
 from foveate.experiments.bench import Bench
 from foveate.experiments.demo import Demo
 from foveate.experiments.density import Density
 from foveate.experiments.learning import Learn
+from foveate.experiments.likelihood import Likelihood
 from foveate.experiments.localisation import Localisation
 from foveate.experiments.options import Common
 from foveate.experiments.scoring import Evaluate
@@ -28,8 +30,10 @@ COMMANDS: dict[str, type[Common]] = {
     "attend": Attend,
     "evaluate": Evaluate,
     "sample": Sample,
+    "likelihood": Likelihood,
     "localisation": Localisation,
     "density": Density,
+    "ambiguity": Ambiguity,
     "bench": Bench,
 }
 

@@ -552,17 +552,13 @@ def _best_student(square: Tensor, log_det: Tensor) -> tuple[float, float, float]
 
 
 def _local_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """A whitening matrix whose row i is a filter about pixel i, and the principal directions of what it returns.
+    """A whitening matrix whose row k is a filter about pixel k + 1, and the principal directions of what it returns.
 
-    The symmetric root is the whitening that moves the data least, hence local; density coordinates are rotated into the
-    orthonormal frame nearest to the first 575 pixels.
+    The symmetric root is the whitening that moves the data least, hence local: density coordinates are the orthonormal
+    ones nearest to the last 575 pixels.
     """
     values, axes = torch.linalg.eigh(covariance)
-    pixels = _pixel_basis(covariance)
-    first = pixels[:DIMENSION]
-    # Nearest orthonormal frame in closed form: first · firstᵀ = I - 11ᵀ/576, whose inverse root is I + (23/575) 11ᵀ.
-    frame = first + (SIDE - 1) / DIMENSION * first.sum(0)
-    return frame @ (axes / values.sqrt()) @ axes.T, frame @ axes.flip(1)[:, :DIRECTIONS]
+    return (axes / values.sqrt()) @ axes.T, axes.flip(1)[:, :DIRECTIONS]
 
 
 def _cross_fitted(y: Tensor, fold: Tensor, found: Covariance) -> tuple[Tensor, Tensor]:
@@ -583,8 +579,8 @@ def _pixel_basis(like: Tensor) -> Tensor:
 
 
 def _near(radius: float) -> Tensor:
-    """1 where two of the first 575 pixels lie within `radius`, else 0."""
-    pixel = torch.arange(DIMENSION)
+    """1 where two of the last 575 pixels lie within `radius`, else 0."""
+    pixel = torch.arange(1, PIXELS)
     row, column = pixel // SIDE, pixel % SIDE
     square = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
     return (square <= radius**2).float()

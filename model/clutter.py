@@ -23,12 +23,7 @@ class NoisyDensity(EllipticalDensity):
         """`core` seen through noise of standard deviation `noise` (normalised intensities)."""
         if noise < 0:
             raise InputError(f"noise {noise}: a standard deviation is at least 0")
-        # Not through __init__, which would decompose a covariance that is decomposed already.
-        density = cls.__new__(cls)
-        nn.Module.__init__(density)
-        for name, value in core.state_dict().items():
-            density.register_buffer(name, value + noise**2 if name == "variances" else value)
-        return density
+        return cls.from_axes(core.mean, core.axes, core.variances + noise**2, core.nu)
 
 
 class ClutterModel(nn.Module):

@@ -40,10 +40,13 @@ LOGIT_LIMIT = 12.0
 
 
 def contrast_groups(side: int = SIDE, block: int = 2) -> Tensor:
-    """Group of each of the ``side² - 1`` residuals: square blocks of ``block × block`` pixels, row by row."""
+    """Group of each of the ``side² - 1`` residuals: square blocks of ``block × block`` pixels, row by row.
+
+    Residual k, like density coordinate k, stands at pixel k + 1: the patch has no residual of its first pixel.
+    """
     if side % block:
         raise InputError(f"blocks of {block} pixels do not tile a patch of {side}: take a divisor")
-    pixel = torch.arange(side * side - 1)
+    pixel = torch.arange(1, side * side)
     return (pixel // side // block) * (side // block) + pixel % side // block
 
 
@@ -203,7 +206,8 @@ class DiagonalLayer(_Layer):
 class GatedLayer(_Layer):
     r"""A Gaussian layer with full covariance: shape units move its mean, contrast units gate its local scales.
 
-    Residuals ``e = A (y - b)``: A is a bank of 575 local filters, one about each pixel, that whitens the data. In
+    Residuals ``e = A (y - b)``: A is a bank of 575 local filters, one about each pixel but the first, that whitens the
+    data. In
     groups g of neighbouring pixels (d_g of them) the residuals share a latent scale whose inverse square is
     Gamma-distributed and integrated out:
 
@@ -215,10 +219,9 @@ class GatedLayer(_Layer):
     are data enough to place them. With W = S = 0 and one group this is the multivariate Student-t.
 
     Why local scales: sharpness, texture, shadows, spectacles and background make the whitened residuals of real crops
-        heavy-tailed
-    place by place; one scale for the whole patch sees the average only (Wainwright & Simoncelli 2000 on natural
-    pictures). Why binary units on top: what the scales of neighbouring and mirrored places have in common (Karklin &
-    Lewicki 2005; Ranzato & Hinton 2010 call the two kinds of unit mean and covariance units).
+    heavy-tailed place by place; one scale for the whole patch sees the average only (Wainwright & Simoncelli 2000 on
+    natural pictures). Why binary units on top: what the scales of neighbouring and mirrored places have in common
+    (Karklin & Lewicki 2005; Ranzato & Hinton 2010 call the two kinds of unit mean and covariance units).
 
     ``E_q[log p(y | h)]`` is bounded by Jensen's inequality on ``-log1p``, after which the expectation of
     ``exp(-2 s_g) |e_g - m_g|²`` under independent units is a product; the bound is exact for q in {0, 1}.
@@ -413,7 +416,7 @@ class GatedLayer(_Layer):
         return self.bias + (mean + draw)[..., 0] @ self.synthesis.T
 
     def filters(self) -> Float[Tensor, "hidden dimension"]:
-        """Shape units: the change of mean. Contrast units: their log-scales, one value a pixel."""
+        """Shape units: the change of mean. Contrast units: their log-scales, one value a residual."""
         moves = self._moves().T @ self.synthesis.T
         return torch.cat([moves, self.gate.T[:, self.group]])
 
@@ -608,7 +611,14 @@ class DeepBeliefNet(nn.Module):
     @torch.no_grad()
     def filters(self) -> Float[Tensor, "hidden 24 24"]:
         """A picture of what each unit of h1 does: the change of the mean, or the map of log-scales that it switches."""
-        return from_density_coordinates(self.layer.filters())
+        effect = self.layer.filters()
+        pictures = from_density_coordinates(effect)
+        if isinstance(self.layer, GatedLayer):
+            # Log-scales are no direction in y: each stands at its residual's pixel, and the first pixel has its
+            # neighbour's.
+            scales = effect[self.layer.shape_units :]
+            pictures[self.layer.shape_units :] = torch.cat([scales[:, :1], scales], 1).unflatten(-1, (SIDE, SIDE))
+        return pictures
 
 
 class HiddenPrior(TorchDistribution):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,10 @@ __all__ = ["EllipticalDensity", "choose_elliptical", "standard_gamma"]
 FLOORS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 DEGREES_OF_FREEDOM = (4.0, 6.0, 8.0, 12.0, 20.0)
 
+AnyElliptical = TypeVar("AnyElliptical", bound="EllipticalDensity")
 
-def standard_gamma(
-    shape: Float[Tensor, "*batch"], generator: torch.Generator | None = None
-) -> Float[Tensor, "*batch"]:
+
+def standard_gamma(shape: Float[Tensor, "*batch"], generator: torch.Generator | None = None) -> Float[Tensor, "*batch"]:
     """Draws from Gamma(shape, 1). `torch.distributions.Gamma` would take no generator."""
     return torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -68,9 +69,27 @@ class EllipticalDensity(nn.Module):
         return cls(data.mean(0).to(y.dtype), covariance, nu)
 
     @classmethod
-    def blank(cls, dimension: int, dtype: torch.dtype = torch.float32) -> "EllipticalDensity":
+    def from_axes(
+        cls: "type[AnyElliptical]",
+        mean: Float[Tensor, "dimension"],
+        axes: Float[Tensor, "dimension dimension"],
+        variances: Float[Tensor, "dimension"],
+        nu: float | Float[Tensor, ""] = math.inf,
+    ) -> "AnyElliptical":
+        """The density whose covariance is known by its orthonormal axes (columns) and the variances along them."""
+        # Not through __init__, which would decompose the covariance.
+        density = cls.__new__(cls)
+        nn.Module.__init__(density)
+        nu = torch.as_tensor(nu, dtype=mean.dtype, device=mean.device)
+        for name, value in (("mean", mean), ("axes", axes), ("variances", variances), ("nu", nu)):
+            density.register_buffer(name, value.clone())
+        return density
+
+    @classmethod
+    def blank(cls: "type[AnyElliptical]", dimension: int, dtype: torch.dtype = torch.float32) -> "AnyElliptical":
         """The standard Gaussian: a place to load a state into."""
-        return cls(torch.zeros(dimension, dtype=dtype), torch.eye(dimension, dtype=dtype))
+        unit = torch.ones(dimension, dtype=dtype)
+        return cls.from_axes(torch.zeros_like(unit), torch.diag(unit), unit)
 
     @property
     def dimension(self) -> int:
@@ -121,11 +140,10 @@ def choose_elliptical(
     for floor in floors:
         density = EllipticalDensity(mean.to(y.dtype), covariance + floor * identity)
         for nu in degrees_of_freedom if student else (math.inf,):
-            density.nu = torch.full_like(density.nu, nu)
+            density = EllipticalDensity.from_axes(density.mean, density.axes, density.variances, nu)
             score = float(density.log_prob(validation).mean())
             if best is None or score > best[1]["validation"]:
-                kept = EllipticalDensity(mean.to(y.dtype), covariance + floor * identity, nu)
-                best = kept, {"floor": floor, "nu": nu, "validation": score}
+                best = density, {"floor": floor, "nu": nu, "validation": score}
     if best is None:
         raise InputError("no floor or no degrees of freedom to choose among: give at least one of each")
     return best

@@ -223,12 +223,23 @@ def test_the_distributions_of_the_program_agree_with_the_net() -> None:
     torch.testing.assert_close(prior.log_prob(states(6)).exp().sum(), torch.ones((), dtype=torch.float64), **EXACT)
 
 
-def test_contrast_groups_tile_the_patch_less_its_last_pixel() -> None:
+def test_contrast_groups_tile_the_patch_less_its_first_pixel() -> None:
     groups = contrast_groups(24, 3)
     assert len(groups) == 575
     sizes = torch.bincount(groups)
-    assert sizes.tolist() == [9] * 63 + [8]
-    assert groups[[0, 1, 2, 24, 25, 50]].tolist() == [0] * 6
+    assert sizes.tolist() == [8] + [9] * 63
+    # Residuals k stand at pixels k + 1: the first block holds pixels 1, 2, 24, 25, 26, 48, 49, 50.
+    assert (groups == 0).nonzero().flatten().tolist() == [0, 1, 23, 24, 25, 47, 48, 49]
+
+
+def test_a_contrast_units_picture_has_its_log_scales_at_the_groups_pixels() -> None:
+    layer = GatedLayer(2, 3, 4, contrast_groups(24, 3))
+    net = DeepBeliefNet(layer, BernoulliRBM(5, 2), EllipticalDensity.blank(575))
+    with torch.no_grad():
+        layer.gate.normal_()
+    pictures = net.filters()[2:]
+    expected = layer.gate.T.reshape(3, 8, 8).repeat_interleave(3, 1).repeat_interleave(3, 2)
+    assert torch.equal(pictures, expected.detach())
     with pytest.raises(InputError, match="divisor"):
         contrast_groups(24, 5)
 

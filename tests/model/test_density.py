@@ -69,6 +69,16 @@ def test_validation_chooses_the_heavier_tail_for_heavy_tailed_data() -> None:
     assert float(student.log_prob(validation).mean()) > float(gaussian.log_prob(validation).mean())
 
 
+def test_a_density_from_its_axes_is_that_of_the_covariance() -> None:
+    covariance = torch.cov(torch.randn(5, 40, dtype=torch.float64))
+    whole = EllipticalDensity(torch.arange(5.0).double(), covariance, 6.0)
+    made = EllipticalDensity.from_axes(whole.mean, whole.axes, whole.variances, whole.nu)
+    y = torch.randn(7, 5, dtype=torch.float64)
+    assert torch.equal(made.log_prob(y), whole.log_prob(y))
+    made.variances.mul_(2)  # buffers of its own
+    assert not torch.equal(made.variances, whole.variances)
+
+
 def test_wrong_parameters_are_refused() -> None:
     mean, covariance, _ = problem(3)
     with pytest.raises(InputError, match="above 2"):
