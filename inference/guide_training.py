@@ -20,6 +20,9 @@ from foveate.model.patch import Pyramid
 __all__ = ["GuideData", "train_glance", "train_looks"]
 
 VIEW = 64
+# Up to so many scenes every window is changed into what they might have shown. Learned from 78 scenes that found 0.02
+# more of the objects of another collection; learned from 676 it found 0.02 less of the same collection's.
+FEW = 150
 
 # Called after every step with the step's number, the number of steps and the loss.
 Progress = Callable[[int, int, float], None]
@@ -57,6 +60,12 @@ class GuideData:
         weight = self.weight if self.weight is not None else torch.ones(len(self.pyramid))
         return torch.multinomial(weight, n, replacement=True, generator=generator)
 
+    def instead(self, window: Tensor, unseen: Tensor, generator: torch.Generator) -> Tensor:
+        """Windows of the scenes, and in their place what no scene shows: the more often, the fewer scenes there are."""
+        share = min(1.0, FEW / len(self.pyramid))
+        chosen = torch.rand(len(window), generator=generator) < share
+        return torch.where(chosen[:, None, None], unseen, window.to(unseen.dtype))
+
 
 def train_glance(
     guide: GazeGuide,
@@ -91,16 +100,15 @@ def train_glance(
         window = data.pyramid.extract(view, VIEW, extent, scene)
         relative = gazes.compose(gazes.inverse(view), truth)
         target = relative.float()
-        second = data.draw(batch, generator)
-        same_place = gazes.compose(data.gaze[second].double(), gazes.inverse(relative))
-        window = blended(window, data.pyramid.extract(same_place, VIEW, extent, second), target, generator)
         present = torch.ones(batch)
         other = None
         if data.clutter is not None:
             other = _clutter_windows(data.clutter, batch, VIEW, extent, generator)
-            window = on_other_background(window, other.float(), target, extent, 0.3, generator)
-            window = partly_covered(window, other, target, generator)
-        window = stretched(window, target, generator)
+            window = on_other_background(window, other, target, extent, 0.3, generator)
+        second = data.draw(batch, generator)
+        same_place = gazes.compose(data.gaze[second].double(), gazes.inverse(relative))
+        unseen = blended(window, data.pyramid.extract(same_place, VIEW, extent, second), target, generator)
+        window = data.instead(window, _unseen(unseen, other, target, generator), generator)
         if other is not None:
             window[:quarter], present[:quarter] = other[:quarter].float(), 0.0
         window, target, _ = mirrored(window, target, None, generator)
@@ -164,10 +172,11 @@ def train_looks(
         if data.clutter is not None:
             missed = _clutter_windows(data.clutter, batch, WINDOW, WINDOW_EXTENT, generator)
             window = on_other_background(window, missed, relative, WINDOW_EXTENT, 0.25, generator)
-            window = partly_covered(window, missed, relative, generator)
+            unseen = _unseen(window, missed, relative, generator)
         else:
             missed = _missed_windows(data, off, generator)
-        window = stretched(window, relative, generator)
+            unseen = _unseen(window, None, relative, generator)
+        window = data.instead(window, unseen, generator)
         window, target, shown = mirrored(window, target, canonical, generator)
         assert shown is not None
         vain, rows = distractors.windows(off, generator)
@@ -197,6 +206,11 @@ def train_looks(
             progress(step, steps, losses[-1])
     guide.eval()
     return _tail_mean(losses)
+
+
+def _unseen(window: Tensor, other: Tensor | None, target: Tensor, generator: torch.Generator) -> Tensor:
+    """The windows with objects of other shapes, partly hidden where there is clutter to hide them."""
+    return stretched(window if other is None else partly_covered(window, other, target, generator), target, generator)
 
 
 class _Distractors:
