@@ -10,11 +10,7 @@ Convention: as `foveate.model.gaze`; a batch of chart coordinates is ``(scene, .
 """
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,8 +23,12 @@ from foveate.model.errors import InputError
 from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
+from foveate.model.threads import share
 
 __all__ = ["CanonicalDensity", "GazePotential", "OddsScore", "PatchScore", "PersonRatio", "QuadraticScore"]
+
+# Below this many gazes a thread costs more than it saves.
+LEAST = 4
 
 
 @runtime_checkable
@@ -278,7 +278,7 @@ class GazePotential:
         if isinstance(self.score, QuadraticScore):
             energy, gradient = np.empty(len(flat), flat.dtype), np.empty_like(flat)
             targets = tables.targets(self.score)
-            _share(_kernels().quadratic_energy, len(flat), *tables.arrays, *targets, flat, energy, gradient)
+            share(_kernels().quadratic_energy, len(flat), *tables.arrays, *targets, flat, energy, gradient, least=LEAST)
         else:
             energy, gradient = self._two_passes(tables, flat, len(flat))
         return torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
@@ -297,7 +297,7 @@ class GazePotential:
         if isinstance(self.score, QuadraticScore):
             at, speed, slope, energy = at.copy(), speed.copy(), slope.copy(), np.empty(len(at), at.dtype)
             targets, run = tables.targets(self.score), _kernels().quadratic_trajectory
-            _share(run, len(at), *tables.arrays, *targets, at, speed, slope, size, counts, energy)
+            share(run, len(at), *tables.arrays, *targets, at, speed, slope, size, counts, energy, least=LEAST)
         else:
             # Sorted by length, the gazes still under way are always the first ones.
             order = np.argsort(-counts, kind="stable")
@@ -317,12 +317,12 @@ class GazePotential:
     def _two_passes(self, tables: "_Tables", z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Energies and gradients of the first gazes: patches and slopes, the score's slope, their contraction."""
         near, slopes = np.empty(count, np.bool_), np.empty((count, 4 * _POINTS), tables.points[0].dtype)
-        _share(_kernels().patch_slopes, count, *tables.arrays, z, near, slopes)
+        share(_kernels().patch_slopes, count, *tables.arrays, z, near, slopes, least=LEAST)
         patch, rows = torch.from_numpy(slopes[:, :_POINTS]), torch.from_numpy(tables.rows[:count])
         of_patch, of_pixels = self.score.energy_and_slope(patch, tables.batch, rows)
         weight = np.ascontiguousarray(of_pixels.numpy(), slopes.dtype)
         energy, gradient = of_patch.numpy().astype(z.dtype), np.empty((count, 4), z.dtype)
-        _share(_kernels().contract_slopes, count, *tables.arrays, z, near, weight, slopes, energy, gradient)
+        share(_kernels().contract_slopes, count, *tables.arrays, z, near, weight, slopes, energy, gradient, least=LEAST)
         return energy, gradient
 
     def _of(self, z: Tensor) -> "_Tables":
@@ -447,29 +447,3 @@ def _kernels() -> Any:
     from foveate.inference import kernels
 
     return kernels
-
-
-def _share(kernel: Callable[..., None], count: int, *args: Any) -> None:
-    """Run a loop over gazes ``0 … count`` on as many threads as PyTorch uses; they share no output."""
-    threads = min(torch.get_num_threads(), count // _GAZES_PER_THREAD)
-    if threads <= 1:
-        kernel(0, count, *args)
-        return
-    edges = [count * i // threads for i in range(threads + 1)]
-    futures = [_pool(threads - 1).submit(kernel, begin, end, *args) for begin, end in pairwise(edges[1:])]
-    kernel(edges[0], edges[1], *args)
-    for future in futures:
-        future.result()
-
-
-# Below this many gazes a thread costs more than it saves.
-_GAZES_PER_THREAD = 4
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="foveate-gaze")
-
-
-# Threads do not survive a fork; a forked worker makes its own.
-os.register_at_fork(after_in_child=_pool.cache_clear)
