@@ -354,7 +354,7 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
         convention = label_convention(of_train.mean_gaze, compared.gazes)
     return Seen(
         candidates.gaze[:, 0],
-        dataclasses.replace(posterior, canonical_draws=posterior.canonical_draws[:, :, :0]),
+        dataclasses.replace(posterior, canonical_draws=posterior.canonical_draws[:, :, :0].clone()),
         protocol.path,
         costs,
         _robustness(run, scenes.subset(shown), truth[shown], seed),
