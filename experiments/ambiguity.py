@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import tyro
 from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -52,7 +53,7 @@ MIDWAY, LOOKS, FOUND = 0.5, 4, 0.5
 # Training on embedded scenes where no run is given.
 SCENES, CLUTTER = 640, 160
 # Scenes in the figure of ends, scenes whose basins are mapped, and starts along the longer side of their maps.
-SHOWN, MAPPED, GRID = 6, 2, 24
+SHOWN, MAPPED, GRID = 6, 2, 18
 BATCH = 32
 COLOURS = ("#e69f00", "#0072b2", "#999999")
 
@@ -88,7 +89,7 @@ class Ambiguity(Common):
         kind, _, split = parse_spec(self.data)
         if split is not None:
             raise InputError(f"--data {self.data}: leave @{split} away; it trains on @train and asks on @test")
-        check_directory(self.out, ("results.json", "run"))
+        check_directory(self.out, ("results.json", "run", "ends.png"))
         began = time.perf_counter()
         run = self._trained(kind) if self.trained is None else open_run(self.trained, self.torch_device)
         if run.model.identity is None:
@@ -316,12 +317,22 @@ def _ends_figure(ask: _Asker, posterior: Posterior, images: Tensor) -> Figure:
     figure = scenes_figure(
         pictures, posterior.path[:count], posterior.gaze[:count].flatten(1, 2), truths=truth, columns=4
     )
-    for axes, image in zip(figure.axes, images[:count], strict=False):
-        corner = axes.inset_axes((0.0, 0.72, 0.19, 0.28))
-        corner.imshow(image, cmap="gray", vmin=0, vmax=1)
-        corner.set(xticks=[], yticks=[])
-        corner.spines[:].set(color="white", linewidth=1.5)
+    for i, axes in enumerate(figure.axes[:count]):
+        _inset(axes, images[i], ask.two.gazes[i // 2], pictures[i].shape, "white")
     return figure
+
+
+def _inset(axes: Axes, image: Tensor, people: Float[Tensor, "person 4"], size: Sequence[int], colour: str) -> None:
+    """Show v in the corner of a scene that is farthest from its people."""
+    height, width = size
+    corners = torch.tensor([[x * width, y * height] for y in (0.14, 0.86) for x in (0.1, 0.9)], dtype=torch.float64)
+    best = int(torch.cdist(corners, people[:, 2:]).amin(1).argmax())
+    side = 0.28 * height
+    left, top = best % 2 * (width - side), best // 2 * (height - side)
+    inset = axes.inset_axes((left - 0.5, top - 0.5, side, side), transform=axes.transData)
+    inset.imshow(image, cmap="gray", vmin=0, vmax=1)
+    inset.set(xticks=[], yticks=[])
+    inset.spines[:].set(color=colour, linewidth=2)
 
 
 def _curves_figure(curves: Mapping[str, Any]) -> Figure:
@@ -355,10 +366,8 @@ def _basins_figure(ask: _Asker, maps: Sequence[Basins]) -> Figure:
             for which, gaze in enumerate(ask.two.gazes[basins.scene]):
                 ring = gazes.corners(gaze)[[0, 1, 2, 3, 0]].numpy()
                 axes.plot(ring[:, 0], ring[:, 1], color=COLOURS[which], lw=2.5)
-            corner = axes.inset_axes((0.0, 0.75, 0.16, 0.25))
-            corner.imshow(ask.two.other_crops[basins.scene, person], cmap="gray", vmin=0, vmax=1)
-            corner.set(xticks=[], yticks=[])
-            corner.spines[:].set(color=COLOURS[person], linewidth=2.5)
+            image = ask.two.other_crops[basins.scene, person]
+            _inset(axes, image, ask.two.gazes[basins.scene], picture.shape, COLOURS[person])
             axes.set_axis_off()
             share = _shares(basins)[person]
             axes.set_title(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from foveate.data import UnlabelledScenes
 from foveate.experiments.figures import legend_figure, patches_figure, scene_figure
-from foveate.experiments.options import Common, announce, open_run, print_table
+from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least
 from foveate.experiments.outputs import check_directory, merge_netcdf, save_figure
 from foveate.experiments.report import Report, add_summary
 from foveate.experiments.scoring import Sampling
@@ -25,16 +26,18 @@ from foveate.model import gaze as gazes
 __all__ = ["COLUMNS", "Attend", "rows_of"]
 
 # Columns of gazes.csv; the first five make it a label file of its own. Scene pixels and degrees; sd_size is the
-# log-scale's.
+# log-scale's. Objects of a file are numbered from 1.
 COLUMNS = (
     "file", "a", "b", "tx", "ty", "centre_x", "centre_y", "width", "rotation_degrees", "presence", "weight",
-    "sd_x", "sd_y", "sd_size", "sd_rotation_degrees",
+    "sd_x", "sd_y", "sd_size", "sd_rotation_degrees", "object",
 )  # fmt: skip
 
 # Where outputs grow until they are whole.
 UNFINISHED = "unfinished"
 # Pictures that the report shows; the other files have all.
 REPORTED = 60
+# An object beyond the first is told of where it is likelier there than not.
+LIKELY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +48,20 @@ class Attend(Common):
         source: the run.
         pictures: pictures, or folders of them.
         out: a folder; an earlier output there is replaced.
+        max_objects: attend to up to so many objects of each picture one after the other, what is explained taken out;
+            of those beyond the first the ones that are told of have a presence of 0.5 or more.
         sampling: how much to sample.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     pictures: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PICTURE...")]
     out: Path
+    max_objects: int = 1
     sampling: Sampling = field(default_factory=lambda: Sampling(draws=200, warmup=100))
 
     def run(self) -> None:
         self.sampling.check()
+        require_at_least("--max-objects", self.max_objects, 1)
         check_directory(self.out, ("gazes.csv", UNFINISHED))
         run = open_run(self.source, self.torch_device)
         scenes = _each_once(UnlabelledScenes.from_files(self.pictures))
@@ -65,7 +72,9 @@ class Attend(Common):
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "overlays").mkdir(parents=True)
         how_much: dict[str, Any] = dataclasses.asdict(self.sampling)
-        posteriors = attend_batches(run.model, run.guide, scenes, **how_much, seed=self.seed, progress=True)
+        posteriors = attend_batches(
+            run.model, run.guide, scenes, max_objects=self.max_objects, **how_much, seed=self.seed, progress=True
+        )
         kept, parts = _stream(posteriors, scenes, unfinished)
         _report(kept, len(scenes), unfinished)
         merge_netcdf(parts, unfinished / "posterior.nc")
@@ -77,13 +86,13 @@ class Attend(Common):
         unfinished.rmdir()
         shown = [[str(row[0]), *(f"{v:.2f}" for v in row[5:10])] for row in rows_of(kept)]
         print_table(("file", "x", "y", "width", "degrees", "presence"), shown)
-        if len(scenes) > len(kept):
-            print(f"... and {len(scenes) - len(kept)} more in gazes.csv")
+        if len(scenes) > REPORTED:
+            print(f"... and {len(scenes) - REPORTED} more pictures in gazes.csv")
         print(f"\n{self.out / 'report.html'}")
 
 
 def rows_of(posterior: Posterior) -> list[tuple[Any, ...]]:
-    """A row of gazes.csv (see `COLUMNS`) for each scene: the reported gaze and how sure it is."""
+    """A row of gazes.csv (see `COLUMNS`) for each object: the reported gaze and how sure it is."""
     gaze, sd = posterior.mean_gaze, posterior.sd
     centre, scale, rotation = gazes.parts(gaze)
     rows: list[tuple[Any, ...]] = []
@@ -98,8 +107,13 @@ def rows_of(posterior: Posterior) -> list[tuple[Any, ...]]:
             *sd[i, :3].tolist(),
             math.degrees(float(sd[i, 3])),
         ]
-        rows.append((name, *(round(v, 6) for v in numbers)))
+        rows.append((name, *(round(v, 6) for v in numbers), _number(posterior, i)))
     return rows
+
+
+def _number(posterior: Posterior, i: int) -> int:
+    """Which object of its picture a row is, from 1: the objects of a picture follow one another."""
+    return posterior.names[: i + 1].count(posterior.names[i])
 
 
 def _each_once(scenes: UnlabelledScenes) -> UnlabelledScenes:
@@ -118,26 +132,30 @@ def _stream(posteriors: Iterator[Posterior], scenes: UnlabelledScenes, folder: P
     with (folder / "gazes.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(COLUMNS)
-        for posterior in posteriors:
+        for every in posteriors:
+            objects = every.settings["max_objects"]
+            likely = (torch.arange(len(every)) % objects == 0) | (every.presence >= LIKELY)
+            posterior = every.subset(likely)
+            numbers = (done + likely.nonzero()[:, 0] // objects).tolist()
             for i, row in enumerate(rows_of(posterior)):
                 writer.writerow(row)
-                picture, name = scenes[done + i]
+                picture, name = scenes[numbers[i]]
                 draws = posterior.gaze[i].flatten(0, 1)
                 figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i))
-                save_figure(figure, folder / "overlays" / overlay_name(done + i, name))
+                save_figure(figure, folder / "overlays" / overlay_name(numbers[i], name, _number(posterior, i)))
             table.flush()
             part = folder / f"posterior.{len(parts):06d}.nc"
             posterior.save(part)
             parts.append(part)
             if done < REPORTED:
-                kept.append(posterior.subset(slice(0, REPORTED - done)))
-            done += len(posterior)
+                kept.append(posterior.subset([i for i, number in enumerate(numbers) if number < REPORTED]))
+            done += len(every) // objects
     return Posterior.concatenate(kept), parts
 
 
-def overlay_name(index: int, name: str) -> str:
-    """File name of a picture's overlay: numbered, for pictures of different folders may have the same name."""
-    return f"{index:05d}_{Path(name).stem}.png"
+def overlay_name(index: int, name: str, number: int = 1) -> str:
+    """File name of an object's overlay: numbered, for pictures of different folders may have the same name."""
+    return f"{index:05d}_{Path(name).stem}{f'_{number}' if number > 1 else ''}.png"
 
 
 def _sure(posterior: Posterior, i: int) -> str:
@@ -148,23 +166,29 @@ def _sure(posterior: Posterior, i: int) -> str:
 
 def _report(posterior: Posterior, count: int, folder: Path) -> None:
     report = Report("Where the object is, and how sure")
-    shown = f"the first {len(posterior)} of {count} pictures" if count > len(posterior) else f"{count} pictures"
+    shown = f"the first {REPORTED} of {count} pictures" if count > REPORTED else f"{count} pictures"
     report.paragraph(
         f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue; thin squares are draws of "
         "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior "
         "standard deviation of the position (scene pixels), the size and the rotation."
     )
     report.figure(legend_figure(posterior.path.shape[1], truth=False), "what the colours of the lines mean")
-    header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode")
-    report.table(header, [[row[0], *row[5:11]] for row in rows_of(posterior)])
+    header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode", "object")
+    report.table(header, [[row[0], *row[5:11], row[-1]] for row in rows_of(posterior)])
     report.heading("What is seen there")
     report.paragraph("Above the patch under the gaze, below the canonical image that explains it.")
     titles = [Path(name).name[:14] for name in posterior.names]
     figure = patches_figure(posterior.patch, posterior.canonical, titles=titles)
     report.figure(figure, "the patch and the canonical image of each picture")
     report.heading("Pictures")
+    picture = -1
     for i, name in enumerate(posterior.names):
-        report.picture(folder / "overlays" / overlay_name(i, name), f"{name} with the gaze drawn over it", name)
+        number = _number(posterior, i)
+        picture += number == 1
+        overlay = folder / "overlays" / overlay_name(picture, name, number)
+        report.picture(
+            overlay, f"{name} with the gaze drawn over it", name if number == 1 else f"{name}, object {number}"
+        )
     report.heading("Posterior")
     add_summary(report, posterior)
     report.write(folder / "report.html")

@@ -22,6 +22,7 @@ from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
+from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates
 from foveate.model.rbm import BernoulliRBM
 
@@ -347,6 +348,100 @@ def test_a_given_canonical_image_picks_the_object_whose_image_it_is(
     torch.testing.assert_close(posterior.canonical, v)
 
 
+@pytest.fixture(scope="module")
+def acquainted() -> AttentionModel:
+    """The model, taught by other patterns what tells patterns apart."""
+    generator = torch.Generator().manual_seed(4)
+    crops = torch.stack([pattern(k).float() for k in range(2, 22) for _ in range(4)])[:, None]
+    crops = crops + 0.02 * torch.randn(80, 2, 24, 24, generator=generator)
+    model = make_model()
+    model.identity = IdentityModel.fit(crops, torch.arange(80) // 4)
+    return model
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_from_one_start_attention_goes_to_whom_another_picture_shows(
+    acquainted: AttentionModel, world: World, pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    picture, gaze = pair
+    proposed = Proposals(gaze[None].float(), torch.zeros(1, 2))
+    monkeypatch.setattr(attending, "propose", lambda glance, pyramid, count: _filled(proposed, len(pyramid), count))
+    start = gazes.from_parts(
+        torch.tensor([[65.0, 36.0]]).double(), torch.tensor([1.2]).double(), torch.zeros(1).double()
+    )
+    # Another light and other noise than the picture's own.
+    noise = 0.02 * torch.randn(24, 24, generator=torch.Generator().manual_seed(9))
+    v = (0.8 * pattern(wanted).float() + 0.1 + noise)[None]
+    found = attend(acquainted, world.guide, [picture], start=start, canonical=v, **SHORT | {"guide_steps": 1})
+    assert torch.equal(found.path[0, 0], start[0])
+    overlap = gazes.overlap(found.mean_gaze, gaze)
+    # The model's object is pattern 0; whom v shows decides against it, too.
+    assert overlap[wanted] > 0.5 and overlap[1 - wanted] == 0
+    far = start + torch.tensor([0.0, 0.0, 24 * 1.3 * attending.REACH, 0.0])
+    out_of_reach = attend(acquainted, world.guide, [picture], start=far, canonical=v, **SHORT | {"guide_steps": 1})
+    assert gazes.overlap(out_of_reach.modes[0, :, None], gaze).nan_to_num()[:, 0].max() < 0.5
+
+
+def _filled(proposals: Proposals, scenes: int, count: int) -> Proposals:
+    """The same for every scene, as `propose` returns them: what is missing repeats the first with a logit of -inf."""
+    gaze, logit = proposals.gaze.expand(scenes, -1, -1), proposals.logit.expand(scenes, -1)
+    missing = count - gaze.shape[1]
+    return Proposals(
+        torch.cat([gaze, gaze[:, :1].expand(-1, missing, -1)], 1),
+        torch.cat([logit, logit.new_full((len(logit), missing), -math.inf)], 1),
+    )
+
+
+def test_the_odds_of_a_person_are_the_objects_times_the_bayes_factor(acquainted: AttentionModel, world: World) -> None:
+    assert acquainted.identity is not None
+    v, patch = torch.stack([pattern(0), pattern(1)]).float(), torch.rand(2, 3, 24, 24)
+    person, anybody = attending.odds_score(acquainted, v), attending.odds_score(acquainted)
+    t = acquainted.identity.coordinates(patch)
+    ratio = acquainted.identity.log_ratio(t, acquainted.identity.coordinates(v)[:, None])
+    torch.testing.assert_close(person.energy(patch), anybody.energy(patch) - ratio)
+    # The compiled sampler's slopes against autograd, float32.
+    seen = patch.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(person.energy(seen).sum(), seen)
+    energy, fast = person.energy_and_slope(patch.reshape(6, 576), (2, 3), torch.arange(6))
+    torch.testing.assert_close(energy, person.energy(patch).flatten(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(fast.reshape(2, 3, 24, 24), slope, rtol=1e-3, atol=1e-3 * float(slope.abs().max()))
+
+
+def test_objects_are_attended_to_one_after_the_other(
+    world: World, pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, gaze = pair
+    proposed = Proposals(gaze[None].float(), torch.zeros(1, 2))
+    monkeypatch.setattr(attending, "propose", lambda glance, pyramid, count: _filled(proposed, len(pyramid), count))
+    options = SHORT | {"guide_steps": 0}
+    one = attend(world.model, world.guide, [picture], **options)
+    three = attend(world.model, world.guide, [picture, picture], max_objects=3, **options)
+    assert len(three) == 6 and three.settings["max_objects"] == 3
+    by_object = three.gaze.unflatten(0, (-1, 3))
+    torch.testing.assert_close(by_object[0, 0], one.gaze[0], rtol=0, atol=1e-6)
+    first, second, third = three.modes[:3]
+    assert gazes.overlap(first[0], gaze[0]) > 0.99 and gazes.overlap(second[0], gaze[1]) > 0.99
+    # The first is taken out of what the second is chosen among; then nothing is left.
+    assert bool(second[1:].isnan().all()) and bool(third.isnan().all())
+    assert three.weights[1, 0] == 1 and three.presence[0] >= three.presence[1] > three.presence[2] == 0
+    assert not torch.isclose(by_object[0, 0] - gaze[0], by_object[0, 1] - gaze[1]).all(-1).any()
+
+
+def test_what_shares_a_third_of_its_patch_with_an_explained_object_is_taken_out() -> None:
+    explained = gazes.from_parts(
+        torch.tensor([50.0, 50.0]).double(), torch.tensor(2.0).double(), torch.tensor(0.0).double()
+    )
+    offsets, sizes = torch.tensor([0.0, 10.0, 28.0, 40.0]).double(), torch.tensor([2.0, 0.5, 2.0, 2.0]).double()
+    centre = torch.stack([50 + offsets, torch.full((4,), 50.0).double()], -1)
+    gaze = gazes.from_parts(centre, sizes, torch.zeros(4).double())[None]
+    weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).double()
+    found = attending.Candidates(gaze, gaze, gaze[..., :3], weight, gaze[:, :, None])
+    left = attending._without(found, explained[None])
+    # The same, one within it, one that shares 20 of 48 pixels' width; the last shares 8.
+    assert left.log_weight[0].tolist() == [1.0, -math.inf, -math.inf, -math.inf]
+    assert torch.equal(left.gaze[0, 0], gaze[0, 3]) and torch.equal(left.path[0, 0], gaze[0, 3])
+
+
 def test_canonical_images_of_a_gated_net_are_pictures_like_the_patch(world: World) -> None:
     posterior = attend(
         make_model("gated"), world.guide, world.scenes[:1], start=world.start[:1], **SHORT | {"draws": 2, "chains": 1}
@@ -374,8 +469,17 @@ def test_arguments_that_do_not_fit_are_refused_by_name(world: World) -> None:
     refused(world, "not finite or of scale 0", start=world.start * torch.tensor([0.0, 0.0, 1.0, 1.0]))
     refused(world, r"canonical has shape \(1, 24, 24\): needed .* \(3, 24, 24\)", canonical=torch.rand(1, 24, 24))
     refused(world, "canonical holds values that are not finite", canonical=torch.full((3, 24, 24), math.nan))
+    refused(world, "max_objects=2 from a given start", start=world.start, max_objects=2)
     refused(world, "kernel='gibbs': one of 'batched', 'hmc', 'nuts'", kernel="gibbs")
-    for name, value in (("chains", 0), ("draws", 0), ("warmup", -1), ("modes", 0), ("guide_steps", -1), ("batch", 0)):
+    for name, value in (
+        ("chains", 0),
+        ("draws", 0),
+        ("warmup", -1),
+        ("modes", 0),
+        ("guide_steps", -1),
+        ("batch", 0),
+        ("max_objects", 0),
+    ):
         refused(world, f"{name}={value}", **{name: value})
 
 
