@@ -36,8 +36,8 @@ class LearningBudget:
     """
 
     rounds: int = 3
-    glance_steps: int = 500
-    look_steps: int = 400
+    glance_steps: int = 1000
+    look_steps: int = 800
     dbn_steps: int = 1200
 
     def check(self) -> None:

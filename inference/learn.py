@@ -4,10 +4,11 @@ E-step: in every scene the run looks for the object; two chains draw gazes from 
 where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
 prior, clutter model and the prior over gazes are trained on what was found.
 
-Which scenes an M-step learns from is itself drawn: a scene's *certainty* is the probability that this round has found
-the object, times the same of the round before, times the overlap of the two gazes (in the first round the probability
-counts twice), and each round a scene takes part with that probability. A scene that the run doubts, or where it has
-changed its mind, teaches little; nothing is cut off for good.
+Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
+that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
+where it has changed its mind, teaches little; nothing is cut off for good. (On WebFaces, from a start that found two
+thirds of the faces, the scenes drawn so were right in 95 % in the first round and in 96 % in the second; drawn with the
+plain probability, they would have been right in 88 % in the second.)
 
 Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
 was sure of in them has drifted: it is dropped, and learning stops. It also stops where two rounds hardly agree.
@@ -44,12 +45,12 @@ from foveate.model.patch import Pyramid, density_coordinates, extract
 __all__ = ["Monitor", "UnlabelledPictures", "learn"]
 
 # Scenes that are attended to together and written together; chains in each, draws that adapt and draws that are kept.
-PART = 32
+PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
 # Draws whose patches are kept beside the one at the posterior mean.
 KEPT_DRAWS = 5
-# An M-step reads at most so many texels of scenes at once (4 bytes each), whatever their number and size.
-MOST_TEXELS = 250_000_000
+# An M-step reads at most so many texels of scenes (4 bytes each, held twice), whatever their number and size.
+MOST_TEXELS = 220_000_000
 # Pictures without the object that an M-step reads at most.
 MOST_CLUTTER = 200
 # Fewer scenes teach nothing; as for the bootstrap.
@@ -107,8 +108,8 @@ def learn(
     clutter: ScenePictures | None = None,
     *,
     rounds: int = 3,
-    glance_steps: int = 500,
-    look_steps: int = 400,
+    glance_steps: int = 1000,
+    look_steps: int = 800,
     dbn_steps: int = 1200,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -330,11 +331,11 @@ def _attended(
 
 
 def _certainty(found: _Parts, before: _Parts | None) -> Float[Tensor, " scene"]:
-    """How sure two rounds are of the same place; see the module."""
-    presence = found.read("presence")
+    """How sure the run is of what it found, and of having found it before; see the module."""
+    certainty = found.read("presence").square()
     if before is None:
-        return presence.square()
-    return presence * before.read("presence") * gazes.overlap(found.read("gaze"), before.read("gaze"))
+        return certainty
+    return certainty * gazes.overlap(found.read("gaze"), before.read("gaze"))
 
 
 def _chosen(certainty: Float[Tensor, " scene"], generator: torch.Generator) -> Int[Tensor, " chosen"]:
@@ -395,9 +396,9 @@ def _maximisation(
         model = following.model.to(device)
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
-        model.clutter = fit_clutter(data(), plan.generator(number, 7))
         model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
+        fit_clutter(model, y, data(), plan.generator(number, 7))
         validation = density_coordinates(held.read("crops")[:, 0])
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")

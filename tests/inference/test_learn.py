@@ -151,12 +151,12 @@ def _written(folder: Path, gaze: Tensor, presence: Tensor) -> Any:
     return parts
 
 
-def test_certainty_is_the_product_of_two_rounds_that_agree(tmp_path: Path) -> None:
+def test_certainty_is_the_squared_probability_times_the_agreement_with_the_round_before(tmp_path: Path) -> None:
     gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 3).double()
     moved = gaze + torch.tensor([[0.0, 0, 0, 0], [0, 0, 12, 0], [0, 0, 30, 0]]).double()
     presence = torch.tensor([0.5, 0.8, 1.0]).double()
-    before, after = _written(tmp_path / "a", gaze, presence), _written(tmp_path / "b", moved, presence)
-    assert torch.equal(learning._certainty(before, None), presence**2)
+    before, after = _written(tmp_path / "a", gaze, 0 * presence), _written(tmp_path / "b", moved, presence)
+    assert torch.equal(learning._certainty(after, None), presence**2)
     # Half a patch beside, two squares share half of each: an IoU of a third. A patch and a quarter beside: nothing.
     expected = torch.tensor([0.25, 0.64 / 3, 0.0]).double()
     assert torch.allclose(learning._certainty(after, before), expected, atol=1e-9)
