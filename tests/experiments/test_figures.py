@@ -9,15 +9,20 @@ from matplotlib.colors import rgb_to_hsv
 from matplotlib.figure import Figure
 
 from foveate.experiments.figures import (
+    Convergence,
     Sheet,
+    convergence_figure,
     gaze_colours,
     iou_by_step_figure,
     legend_figure,
     patches_figure,
+    reliability_figure,
     scene_figure,
     scenes_figure,
     sheets_figure,
+    steps_figure,
 )
+from foveate.inference.calibration import reliability
 from foveate.model import gaze as gazes
 
 
@@ -106,3 +111,44 @@ def test_signed_images_have_zero_at_mid_grey_and_grey_ones_keep_their_levels() -
 def test_a_figure_of_a_constant_filter_divides_by_nothing() -> None:
     board = sheets_figure([Sheet("flat", torch.zeros(1, 6, 6), signed=True)]).axes[0].images[0].get_array()
     assert np.isfinite(board).all()
+
+
+def test_every_step_shows_its_patch_above_its_canonical_image() -> None:
+    patches, canonical = torch.rand(2, 4, 24, 24), torch.rand(2, 4, 24, 24)
+    pictures = [torch.rand(60, 80), torch.rand(90, 50)]
+    figure = steps_figure(pictures, _gazes(2, 4), patches, canonical, truths=_gazes(2), steps=["a", "b", "c", "d"])
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(shown) == 2 * (1 + 2 * 4)
+    for i in range(2):
+        of_scene = shown[9 * i : 9 * i + 9]
+        np.testing.assert_array_equal(of_scene[0], pictures[i].numpy())
+        for k in range(4):
+            np.testing.assert_array_equal(of_scene[1 + 2 * k], patches[i, k].numpy())
+            np.testing.assert_array_equal(of_scene[2 + 2 * k], canonical[i, k].numpy())
+    # The frames of the small images run through the same colours as the squares on the scene.
+    frames = [axes.patches[0].get_edgecolor() for axes in figure.axes[1:9:2]]
+    np.testing.assert_allclose(frames, gaze_colours(4))
+
+
+def test_curves_of_convergence_are_means_over_seeds_with_the_sampled_mean_behind() -> None:
+    curves = [Convergence(name, torch.rand(3, 9), torch.rand(3)) for name in ("near", "far")]
+    figure = convergence_figure({"offset": curves, "scale": curves[:1]})
+    first, second = figure.axes
+    assert [axes.get_title() for axes in (first, second)] == ["offset", "scale"]
+    lines = [line for line in first.lines if len(line.get_xdata()) == 9]
+    for line, curve in zip(lines, curves, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), curve.looks.double().mean(0).numpy(), atol=1e-12)  # float64 sums
+    diamonds = [line for line in first.lines if line.get_marker() == "D"]
+    assert [float(line.get_ydata()[0]) for line in diamonds] == pytest.approx([float(c.sampled.mean()) for c in curves])
+    assert all(line.get_xdata()[0] > 8 for line in diamonds)
+    # A single seed has no spread, and so no band.
+    alone = [Convergence("near", torch.rand(1, 9), torch.rand(1))]
+    assert not convergence_figure({"offset": alone}).axes[0].collections
+
+
+def test_reliability_shows_every_bin_with_its_count() -> None:
+    found = reliability(torch.tensor([0.05, 0.05, 0.95]), torch.tensor([True, False, True]))
+    (axes,) = reliability_figure({"presence": found}).axes
+    assert [text.get_text() for text in axes.texts] == ["2", "1"]
+    points = axes.containers[0].lines[0].get_xydata()
+    np.testing.assert_allclose(points, [[0.05, 0.5], [0.95, 1.0]], atol=1e-7)  # stated in float32

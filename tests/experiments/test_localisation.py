@@ -1,5 +1,6 @@
 """The first experiment: errors of the size asked for, labels compared, and the whole command on miniature scenes."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ from PIL import Image
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import localisation
 from foveate.experiments.cli import main
-from foveate.experiments.localisation import ERRORS, METHODS, label_convention, starts_off_by
+from foveate.experiments.localisation import ERRORS, METHODS, Localisation, label_convention, starts_off_by
+from foveate.experiments.training import Budget
+from foveate.inference.checkpoint import Run, save
+from foveate.inference.guide import GazeGuide
+from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 from foveate.model import gaze as gazes
 
 pytest.importorskip("cv2", reason="OpenCV comes with the extra 'bench'")
@@ -35,11 +40,13 @@ def test_a_start_is_off_by_one_error_of_the_size_asked_for_in_any_direction(kind
     wanted = {"offset": 0.0, "scale": 1.0, "rotation": 0.0} | {kind: size}
     # Float64 rounding of coordinates of some hundred pixels.
     torch.testing.assert_close(
-        error.centre.norm(dim=-1) / 24, torch.full((40,), wanted["offset"]).double(), atol=1e-9, rtol=0
+        error.centre.norm(dim=-1) / 24, torch.full((40,), wanted["offset"], dtype=torch.float64), atol=1e-9, rtol=0
     )
-    torch.testing.assert_close(error.scale, torch.full((40,), wanted["scale"]).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(error.scale, torch.full((40,), wanted["scale"], dtype=torch.float64), atol=1e-12, rtol=0)
     degrees = torch.rad2deg(error.rotation)
-    torch.testing.assert_close(degrees.abs(), torch.full((40,), wanted["rotation"]).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        degrees.abs(), torch.full((40,), wanted["rotation"], dtype=torch.float64), atol=1e-9, rtol=0
+    )
     if kind == "offset":
         assert bool((error.centre.amin(0) < 0).all()) and bool((error.centre.amax(0) > 0).all())
     if kind == "rotation":
@@ -95,10 +102,29 @@ def threads() -> Iterator[list[str]]:
 
 
 @pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where runs were trained; in place of training, a run of the right form that has learned nothing."""
+    folders: list[Path] = []
+
+    def untrained(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget, seed: int, device: str) -> Run:
+        folders.append(out)
+        dbn = DeepBeliefNet.from_config({"layer": "diagonal", "hidden": 6, "top": 4, "dimension": 575})
+        dbn.set_log_z(10 * math.log(2), 0.0)
+        config = {**dataclasses.asdict(budget), "seed": seed, "scenes": len(scenes), "coverage_factor": 1.5}
+        torch.manual_seed(seed)
+        run = Run(AttentionModel(dbn, ClutterModel.blank(575)), GazeGuide(4), config)
+        save(run, out)
+        return run
+
+    monkeypatch.setattr(localisation, "fit_logged", untrained)
+    return folders
+
+
+@pytest.fixture
 def command(tmp_path: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The whole experiment in miniature: two seeds that learn next to nothing."""
+    """The whole experiment in miniature, two seeds."""
     monkeypatch.setattr(localisation, "LIGHT", {"chains": 1, "draws": 4, "warmup": 2})
-    rows = _write(orl_scenes("train", 12, sizes=SMALL), tmp_path / "faces", "train")
+    rows = _write(orl_scenes("train", 3, sizes=SMALL), tmp_path / "faces", "train")
     rows += _write(orl_scenes("test", 2, sizes=SMALL), tmp_path / "faces", "test")
     (tmp_path / "faces" / "gazes.csv").write_text("\n".join(["file,a,b,tx,ty,split", *rows]))
     _write(orl_clutter("train", 2, sizes=SMALL), tmp_path / "clutter")
@@ -106,16 +132,16 @@ def command(tmp_path: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch)
         *("localisation", "--out", str(tmp_path / "out"), "--seeds", "2", "--starts", "1"),
         *("--train", f"folder:{tmp_path / 'faces'}@train", "--data", f"folder:{tmp_path / 'faces'}@test"),
         *("--clutter", f"folder:{tmp_path / 'clutter'}", "--empty", f"folder:{tmp_path / 'clutter'}"),
-        *("--glance-steps", "2", "--look-steps", "2", "--dbn-steps", "2"),
         *("--chains", "2", "--draws", "6", "--warmup", "2", *threads),
     ]
 
 
-def test_the_experiment_trains_once_scores_every_method_and_draws_every_figure(
-    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_experiment_scores_every_method_and_draws_every_figure(
+    tmp_path: Path, command: list[str], trained: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command) == 0
     out = tmp_path / "out"
+    assert trained == [out / "seed_0", out / "seed_1"]
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     (told,) = results["collections"]
     assert (told["label"], told["scenes"], results["seeds"]) == ("faces@test", 2, 2)
@@ -132,7 +158,8 @@ def test_the_experiment_trains_once_scores_every_method_and_draws_every_figure(
     assert all(len(row["iou_by_look"]) == 9 for row in told["robustness"])
     assert len(told["protocol_iou_by_step"]) == 6
     (calibration,) = results["calibration"]
-    assert 0 <= calibration["coverage"]["mean"] <= 1
+    assert 0 <= calibration["coverage"]["mean"] <= calibration["coverage_recalibrated"]["mean"] <= 1
+    assert calibration["factor"]["each"] == [1.5, 1.5]
     presence = results["reliability"]["presence of the object"]
     assert sum(presence["count"]) == 2 * (2 + 2)  # seeds × (scenes + pictures without)
     drawn = {path.name for path in out.glob("*.png")}
@@ -143,11 +170,18 @@ def test_the_experiment_trains_once_scores_every_method_and_draws_every_figure(
     assert all(method in text for method in METHODS.values())
     assert METHODS["haar"] in capsys.readouterr().out
 
-    # Broken off and begun again: what is trained stays, and a run of another kind is not taken for it.
-    monkeypatch.setattr(localisation, "fit_logged", lambda *a: pytest.fail("trained what was there already"))
-    assert main([*command, "--starts", "2"]) == 0
+
+def test_runs_that_are_there_are_used_again_and_none_of_another_kind(
+    tmp_path: Path, command: list[str], trained: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = Scenes.from_spec(f"folder:{tmp_path / 'faces'}@train")
+    experiment = Localisation(out=tmp_path / "out", seeds=1, clutter=f"folder:{tmp_path / 'clutter'}")
+    experiment._trained(train)
+    two = dataclasses.replace(experiment, seeds=2)
+    assert len(two._trained(train)) == 2
+    assert trained == [tmp_path / "out" / "seed_0", tmp_path / "out" / "seed_1"]
     assert main([*command, "--look-steps", "3"]) == 2
-    assert "this run has other look_steps" in capsys.readouterr().err
+    assert "this run has other look_steps than is asked for" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused_before_any_work(
