@@ -34,6 +34,7 @@ from foveate.inference.prior_training import train_dbn
 from foveate.model import AttentionModel, DeepBeliefNet
 from foveate.model import gaze as gazes
 from foveate.model.clutter import NoisyDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
@@ -103,6 +104,7 @@ class Likelihood(Common):
             "variant": {
                 "noise": run.model.noise,
                 "temperature": run.model.temperature,
+                "edges": None if run.model.edges is None else float(run.model.edges.weight),
                 "guide_prior": bool(run.guide.prior_weight > 0),
             },
             "data": {},
@@ -322,6 +324,9 @@ def _variant(run: Run, with_guide: bool) -> Run:
     settings = run.config.get("variants", {}).get("with_guide_prior" if with_guide else "without_guide_prior", {})
     model.temperature = settings.get("temperature", run.model.temperature)
     model.noise = settings.get("noise", run.model.noise)
+    if model.edges is not None:
+        edges = model.edges
+        model.edges = EdgeOdds(edges.direction, edges.offset, settings.get("edges", float(edges.weight)))
     return Run(model, guide, run.config)
 
 
@@ -334,6 +339,7 @@ def _added(posterior: Posterior, truth: Tensor, run: Run, start: str) -> dict[st
         "guide_prior": bool(run.guide.prior_weight > 0),
         "noise": run.model.noise,
         "temperature": run.model.temperature,
+        "edges": None if run.model.edges is None else float(run.model.edges.weight),
         "iou_guide": float(before.mean()),
         "iou_posterior_mean": float(after.mean()),
         "gain": float(gain.mean()),

@@ -487,10 +487,10 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
             "attending needs a clutter model; without the likelihood prefers blank walls, fit the model with clutter"
         )
     if canonical is None:
-        return OddsScore(dense_object, dense_clutter, model.temperature)
+        return OddsScore(dense_object, dense_clutter, model.temperature, edges=model.edges)
     if model.identity is not None and dense_clutter is not None:
         person = PersonRatio(model.identity, model.identity.coordinates(canonical))
-        return OddsScore(dense_object, dense_clutter, model.temperature, person)
+        return OddsScore(dense_object, dense_clutter, model.temperature, person, model.edges)
     return OddsScore(CanonicalDensity(density_coordinates(canonical), model.noise), dense_clutter, model.temperature)
 
 

@@ -25,6 +25,7 @@ from foveate.inference.guide import GazeGuide
 from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 
@@ -102,7 +103,7 @@ def load(path: str | os.PathLike) -> Run:
         stated, model_form, guide_form = config["settings"], config["model"], config["guide"]
         dbn = DeepBeliefNet.from_config(model_form["dbn"])
         clutter = ClutterModel.blank(dbn.core.dimension) if model_form["clutter"] else None
-        # Runs of before there was one have no such entry.
+        # Runs of before there were these have no such entries.
         directions = model_form.get("identity")
         model = AttentionModel(
             dbn,
@@ -112,6 +113,7 @@ def load(path: str | os.PathLike) -> Run:
             gaze_prior=model_form["gaze_prior"],
             prior_options=model_form["prior_options"],
             identity=None if directions is None else IdentityModel.blank(directions),
+            edges=EdgeOdds.blank() if model_form.get("edges") else None,
         )
         guide = GazeGuide(**guide_form)
     except (KeyError, TypeError) as error:

@@ -10,7 +10,9 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-__all__ = ["contract_slopes", "patch_slopes", "quadratic_energy", "quadratic_trajectory"]
+from foveate.model.identity import FLAT, ROOT
+
+__all__ = ["contract_slopes", "edge_slopes", "patch_slopes", "quadratic_energy", "quadratic_trajectory"]
 
 # Sums may be reordered so that they vectorise; infinities keep their meaning, and what is not a number never enters.
 _FAST = {"contract", "arcp", "nsz", "reassoc", "nnan"}
@@ -357,3 +359,96 @@ def contract_slopes(begin, end, pyramid, place, points, z, near, weight, slopes,
         else:
             energy[n] = math.inf
             gradient[n] = math.nan
+
+
+# Sides of a patch, of its blocks of two by two pixels and of the cells of two by two blocks that edges are pooled in.
+_SIDE, _BLOCKS, _CELLS, _DIRECTIONS = 24, 12, 11, 8
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def edge_slopes(begin, end, patches, direction, total, slope):
+    """``wᵀ f`` of normalised patches ``(n, 576)``, f = `foveate.model.identity.edges`, and its slope by their pixels.
+
+    `direction` w is ``(11, 11, 8)``: cells first.
+    """
+    number = patches.dtype.type
+    half, quarter_turn = number(0.5), number(math.sqrt(0.5))
+    x, y = np.empty((_SIDE, _SIDE), patches.dtype), np.empty((_SIDE, _SIDE), patches.dtype)
+    blocks = np.empty((_BLOCKS, _BLOCKS, _DIRECTIONS), patches.dtype)
+    cells = np.empty((_CELLS, _CELLS, _DIRECTIONS), patches.dtype)
+    power, of_power = np.empty((_CELLS, _CELLS), patches.dtype), np.empty((_CELLS, _CELLS), patches.dtype)
+    for i in range(begin, end):
+        n, out = patches[i].reshape(_SIDE, _SIDE), slope[i].reshape(_SIDE, _SIDE)
+        blocks[:] = 0
+        for r in range(_SIDE):
+            for c in range(_SIDE):
+                gx = half * (n[r, min(c + 1, _SIDE - 1)] - n[r, max(c - 1, 0)])
+                gy = half * (n[min(r + 1, _SIDE - 1), c] - n[max(r - 1, 0), c])
+                x[r, c], y[r, c] = gx, gy
+                up, down = quarter_turn * (gx + gy), quarter_turn * (gy - gx)
+                block = blocks[r // 2, c // 2]
+                # Opposite directions share an axis: one of the two is on.
+                block[0 if gx > 0 else 4] += abs(gx)
+                block[1 if up > 0 else 5] += abs(up)
+                block[2 if gy > 0 else 6] += abs(gy)
+                block[3 if down > 0 else 7] += abs(down)
+        for r in range(_CELLS):
+            for c in range(_CELLS):
+                square = number(0)
+                for k in range(_DIRECTIONS):
+                    pooled = blocks[r, c, k] + blocks[r, c + 1, k] + blocks[r + 1, c, k] + blocks[r + 1, c + 1, k]
+                    cells[r, c, k] = pooled / number(16)
+                    square += cells[r, c, k] * cells[r, c, k]
+                power[r, c] = square
+        of_power[:] = 0
+        blocks[:] = 0
+        energy = number(0)
+        # Back the same way: first what goes through the neighbourhood's power,
+        for r in range(_CELLS):
+            for c in range(_CELLS):
+                near = number(0)
+                for dr in range(-1, 2):
+                    for dc in range(-1, 2):
+                        near += power[min(max(r + dr, 0), _CELLS - 1), min(max(c + dc, 0), _CELLS - 1)]
+                inverse = number(1) / math.sqrt(near / number(9) + number(FLAT))
+                through = number(0)
+                for k in range(_DIRECTIONS):
+                    root = math.sqrt(cells[r, c, k] * inverse + number(ROOT))
+                    energy += direction[r, c, k] * root
+                    of_relative = half * direction[r, c, k] / root
+                    through += of_relative * cells[r, c, k]
+                    # then what goes straight to the cell's blocks,
+                    straight = of_relative * inverse / number(16)
+                    blocks[r, c, k] += straight
+                    blocks[r, c + 1, k] += straight
+                    blocks[r + 1, c, k] += straight
+                    blocks[r + 1, c + 1, k] += straight
+                through *= -half * inverse * inverse * inverse / number(9)
+                for dr in range(-1, 2):
+                    for dc in range(-1, 2):
+                        of_power[min(max(r + dr, 0), _CELLS - 1), min(max(c + dc, 0), _CELLS - 1)] += through
+        for r in range(_CELLS):
+            for c in range(_CELLS):
+                for k in range(_DIRECTIONS):
+                    by_power = of_power[r, c] * cells[r, c, k] / number(8)
+                    blocks[r, c, k] += by_power
+                    blocks[r, c + 1, k] += by_power
+                    blocks[r + 1, c, k] += by_power
+                    blocks[r + 1, c + 1, k] += by_power
+        out[:] = 0
+        # and last what the gradients of the pixels take from their block.
+        for r in range(_SIDE):
+            for c in range(_SIDE):
+                gx, gy, block = x[r, c], y[r, c], blocks[r // 2, c // 2]
+                along_x = block[0] if gx > 0 else -block[4]
+                along_y = block[2] if gy > 0 else -block[6]
+                up = block[1] if gx + gy > 0 else -block[5]
+                down = block[3] if gy - gx > 0 else -block[7]
+                of_x = half * (along_x + quarter_turn * (up - down))
+                of_y = half * (along_y + quarter_turn * (up + down))
+                out[r, min(c + 1, _SIDE - 1)] += of_x
+                out[r, max(c - 1, 0)] -= of_x
+                out[min(r + 1, _SIDE - 1), c] += of_y
+                out[max(r - 1, 0), c] -= of_y
+        total[i] = energy

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice
 from foveate.model.identity import IdentityModel
@@ -127,6 +128,7 @@ class OddsScore:
         clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
         temperature: divides the log odds, which 576 correlated pixels make overconfident.
         person: whom the object shows; its ratio brings its own weight, and the temperature leaves it alone.
+        edges: what the patch's edges say beside its pixels, with a weight of its own likewise.
 
     Raises:
         InputError: a temperature or a noise that is not positive.
@@ -138,12 +140,14 @@ class OddsScore:
         clutter: EllipticalDensity | None,
         temperature: float = 1.0,
         person: PersonRatio | None = None,
+        edges: EdgeOdds | None = None,
     ) -> None:
         if not temperature > 0:
             raise InputError(f"temperature {temperature}: it must be positive")
         if isinstance(object, CanonicalDensity) and not object.noise > 0:
             raise InputError(f"noise {object.noise}: it must be positive")
-        self.object, self.clutter, self.temperature, self.person = object, clutter, temperature, person
+        self.object, self.clutter, self.temperature = object, clutter, temperature
+        self.person, self.edges = person, edges
         self._forms: dict[tuple[torch.dtype, torch.device], tuple[list[_Form], Tensor]] = {}
         self._centres: tuple[tuple[int, ...], torch.dtype, Tensor] | None = None
 
@@ -159,9 +163,11 @@ class OddsScore:
         if self.clutter is not None:
             energy = energy + self.clutter.log_prob(y)
         energy = energy / self.temperature
-        if self.person is None:
-            return energy
-        return energy - self.person.log_ratio(patch, _aligned(self.person.of_v, patch.shape[:-2]))
+        if self.edges is not None:
+            energy = energy - self.edges.log_odds(y)
+        if self.person is not None:
+            energy = energy - self.person.log_ratio(patch, _aligned(self.person.of_v, patch.shape[:-2]))
+        return energy
 
     def energy_and_slope(
         self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
@@ -192,6 +198,10 @@ class OddsScore:
                 ratio, power = square / (form.nu - 2), form.nu + points - 1
                 energy = energy + form.sign * (form.least + 0.5 * power * torch.log1p(ratio))
                 of_n = of_n + (form.sign * power / (form.nu - 2) / (1 + ratio))[:, None] * pulled
+        if self.edges is not None:
+            # The temperature is not the edges': what it will divide is multiplied first.
+            log_odds, of_edges = self._edges(self.edges, n)
+            energy, of_n = energy - self.temperature * log_odds, of_n - self.temperature * of_edges
         of_n = of_n - of_n.mean(-1, keepdim=True)
         slope = (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
         energy, slope = energy / self.temperature, slope / self.temperature
@@ -204,6 +214,19 @@ class OddsScore:
                 (of_seen,) = torch.autograd.grad(ratio.sum(), seen)
             energy, slope = energy - ratio.detach(), slope - of_seen.flatten(-2)
         return energy, slope
+
+    def _edges(self, edges: EdgeOdds, n: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges' log odds of normalised patches and their derivatives by these, in one compiled pass."""
+        # `edges` normalises what it is given, and this is: once more.
+        deviation = torch.sqrt((n * n).mean(-1, keepdim=True) + NORMALISING_FLOOR**2)
+        again = (n / deviation).contiguous()
+        cells = edges.direction.reshape(8, 11, 11).permute(1, 2, 0).to(n).contiguous()
+        total, slope = np.empty(len(n), again.numpy().dtype), np.empty_like(again.numpy())
+        share(_kernels().edge_slopes, len(n), again.numpy(), cells.numpy(), total, slope, least=LEAST)
+        of_again = torch.from_numpy(slope)
+        of_n = (of_again - again * (of_again * again).mean(-1, keepdim=True)) / deviation
+        weight = edges.weight.to(n)
+        return weight * (torch.from_numpy(total) + edges.offset.to(n)), weight * of_n
 
     def _form(self, like: Tensor) -> tuple[list["_Form"], Tensor]:
         """The elliptical densities as functions of the normalised patch, and their precision matrices side by side."""

@@ -26,6 +26,7 @@ from foveate.model import gaze as gazes
 from foveate.model.clutter import ClutterModel, NoisyDensity
 from foveate.model.dbn import CanonicalGivenHidden, DeepBeliefNet, HiddenPrior
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates
@@ -66,6 +67,8 @@ class SceneLikelihood(TorchDistribution):
         temperature: 1 for the model as written; above 1 the odds are flattened (576 correlated pixels make them
             overconfident).
         batch_shape: of the site.
+        edges: what the patch's edges say beside its pixels, if anything; with a weight of its own, which the
+            temperature leaves alone.
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
@@ -77,15 +80,17 @@ class SceneLikelihood(TorchDistribution):
         clutter: ClutterModel | EllipticalDensity | None,
         temperature: float,
         batch_shape: torch.Size,
+        edges: EdgeOdds | None = None,
     ):
         self.object_density, self.clutter, self.temperature = object_density, clutter, temperature
+        self.edges = edges
         super().__init__(batch_shape, torch.Size([575]), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "SceneLikelihood":
         inner = self.object_density
         if isinstance(inner, TorchDistributionMixin):
             inner = inner.expand(batch_shape)
-        return SceneLikelihood(inner, self.clutter, self.temperature, torch.Size(batch_shape))
+        return SceneLikelihood(inner, self.clutter, self.temperature, torch.Size(batch_shape), self.edges)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         if isinstance(self.object_density, TorchDistributionMixin):
@@ -97,7 +102,8 @@ class SceneLikelihood(TorchDistribution):
         log_odds = self.object_density.log_prob(value)
         if self.clutter is not None:
             log_odds = log_odds - self.clutter.log_prob(value)
-        return log_odds / self.temperature
+        log_odds = log_odds / self.temperature
+        return log_odds if self.edges is None else log_odds + self.edges.log_odds(value)
 
 
 class AttentionModel(PyroModule):
@@ -113,6 +119,7 @@ class AttentionModel(PyroModule):
         temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
         prior_options: keyword arguments of the gaze prior.
+        edges: odds of the patch's edges, in the collapsed form; None leaves the pixels alone to judge.
         identity: what tells people apart, for attending to the person of a given picture; None if nobody taught it.
         latent: which density the program is:
 
@@ -121,8 +128,8 @@ class AttentionModel(PyroModule):
             * ``"given_hidden"``: p(u, v, I | h) with ``hidden`` observed at the call's `hidden` (default: what the DBN
               recognises in its mean image). Gaze and canonical are continuous: stock HMC and NUTS run.
             * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one
-              Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`). Stock HMC and NUTS
-              run.
+              Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`), and what the patch's
+              edges say is added (`EdgeOdds`). Stock HMC and NUTS run.
 
     Convention: gazes as `foveate.model.gaze`; canonical images and patches are density coordinates ``(scene, 575)``.
     """
@@ -137,6 +144,7 @@ class AttentionModel(PyroModule):
         gaze_prior: Literal["proper", "flat"] = "proper",
         prior_options: dict[str, float] | None = None,
         identity: IdentityModel | None = None,
+        edges: EdgeOdds | None = None,
         latent: Literal["full", "given_hidden", "collapsed"] = "full",
     ):
         super().__init__()
@@ -149,6 +157,7 @@ class AttentionModel(PyroModule):
         self.dbn = dbn
         self.clutter = clutter
         self.identity = identity
+        self.edges = edges
         self.noise, self.temperature = noise, temperature
         # What the prior has to beat, fitted on the same crops: kept with the model so that every evaluation can say so.
         self.baselines = torch.nn.ModuleDict(
@@ -166,6 +175,7 @@ class AttentionModel(PyroModule):
             "prior_options": self.prior_options,
             "clutter": self.clutter is not None,
             "identity": None if self.identity is None else len(self.identity.between),
+            "edges": self.edges is not None,
         }
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
@@ -178,6 +188,7 @@ class AttentionModel(PyroModule):
             gaze_prior=cast(Literal["proper", "flat"], self.gaze_prior),
             prior_options=self.prior_options,
             identity=self.identity,
+            edges=self.edges,
             latent=latent,
         )
         other.baselines = self.baselines
@@ -199,11 +210,8 @@ class AttentionModel(PyroModule):
         return cast(EllipticalDensity, self.baselines[name])
 
     def log_odds(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
-        """Collapsed log-odds (nats, with the temperature) of patches in [0, 1]."""
-        dense_object, dense_clutter = self.marginal_densities()
-        return SceneLikelihood(dense_object, dense_clutter, self.temperature, patch.shape[:-2]).log_prob(
-            density_coordinates(patch)
-        )
+        """Collapsed log-odds (nats, with the temperature and the edges) of patches in [0, 1]."""
+        return self._collapsed(patch.shape[:-2]).log_prob(density_coordinates(patch))
 
     def recognised_hidden(self) -> Float[Tensor, "hidden"]:
         """The h1 that the recognition posterior thinks most likely for the mean canonical image."""
@@ -221,8 +229,7 @@ class AttentionModel(PyroModule):
         with pyro.plate("scene", len(pyramid), dim=-1):
             gaze = cast(Tensor, pyro.sample("gaze", self.prior(size)))
             if self.latent == "collapsed":
-                dense_object, dense_clutter = self.marginal_densities()
-                law = SceneLikelihood(dense_object, dense_clutter, self.temperature, torch.Size([len(pyramid)]))
+                law = self._collapsed(torch.Size([len(pyramid)]))
             else:
                 prior = HiddenPrior(self.dbn)
                 if self.latent == "given_hidden":
@@ -236,6 +243,10 @@ class AttentionModel(PyroModule):
                 law = SceneLikelihood(seen, clutter, self.temperature, seen.batch_shape)
             pyro.sample("patch", law, obs=density_coordinates(_patches(pyramid, gaze)))
         return gaze
+
+    def _collapsed(self, batch_shape: torch.Size) -> SceneLikelihood:
+        dense_object, dense_clutter = self.marginal_densities()
+        return SceneLikelihood(dense_object, dense_clutter, self.temperature, batch_shape, self.edges)
 
 
 def _patches(pyramid: Pyramid, gaze: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.rbm import BernoulliRBM
 
@@ -31,6 +32,16 @@ def density(nu: float) -> EllipticalDensity:
     made.variances.uniform_(0.1, 2.0)
     made.nu.fill_(nu)
     return made
+
+
+def test_a_run_whose_model_sees_edges_comes_back_the_same(tmp_path: Path) -> None:
+    run = make_run(edges=EdgeOdds(torch.randn(968), 1.5, 0.25))
+    save(run, tmp_path / "run")
+    found = load(tmp_path / "run")
+    assert_equal(run, found)
+    patch = torch.rand(3, 24, 24)
+    assert torch.equal(found.model.log_odds(patch), run.model.log_odds(patch))
+    assert not torch.equal(found.model.log_odds(patch), make_run().model.log_odds(patch))
 
 
 def make_run(seed: int = 0, layer: str = "gated", clutter: bool = True, **options: Any) -> Run:

@@ -19,6 +19,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
 from foveate.model.rbm import BernoulliRBM
@@ -191,6 +192,30 @@ def test_the_guide_becomes_a_prior_where_pictures_say_nothing_and_it_is_right(wi
     assert figures["guide_prior"] is with_guide and float(guide.prior_weight) == with_guide
     assert model.temperature in fitting.TEMPERATURES and model.noise in fitting.NOISES
     assert figures["validation_log_density"] >= figures["validation_log_density_without_guide_prior"] - 0.05
+
+
+def test_edges_get_a_weight_where_they_say_where_the_object_is() -> None:
+    """The model of the pixels knows nothing; the edges' odds peak at the true gazes by construction."""
+    generator = torch.Generator().manual_seed(6)
+    texture = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 12, generator=generator), (80, 80), mode="bicubic")
+    pyramid = Pyramid.build([texture[0, 0].clamp(0, 1)] * 10)
+    truth = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(10, 4)
+    sd = torch.ones(10, 4).double()
+    gaze = gazes.LocalChart(truth).to_gaze(0.7 * torch.randn(10, 4, generator=generator, dtype=torch.float64))
+    seen = density_coordinates(pyramid.extract(truth[:, None])[:1, 0])
+    other = density_coordinates(
+        pyramid.extract(gazes.LocalChart(truth[:, None]).to_gaze(8 * torch.randn(10, 30, 4).double()))
+    )
+    model, guide = quick_model(), GazeGuide(4)
+    model.edges = EdgeOdds.fit(seen.expand(12, -1), other.flatten(0, 1))
+    figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd)], [truth])
+    assert float(model.edges.weight) > 0
+    chosen = figures["variants"]["with_guide_prior" if figures["guide_prior"] else "without_guide_prior"]
+    assert chosen == {
+        "temperature": model.temperature,
+        "noise": model.noise,
+        "edges": pytest.approx(float(model.edges.weight)),
+    }
 
 
 def test_the_variant_stays_as_it_is_when_no_mode_is_near_the_truth() -> None:

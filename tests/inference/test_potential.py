@@ -13,6 +13,7 @@ from foveate.inference.hmc import sample_batch
 from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PatchScore, QuadraticScore
 from foveate.model import gaze as gazes
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.gaze import FlatGazePrior, GazePrior, LocalChart
 from foveate.model.patch import Pyramid
@@ -54,6 +55,12 @@ def odds_score(dtype: torch.dtype = torch.float64, nu: float = 8.0) -> OddsScore
     return OddsScore(*densities, temperature=3.0)
 
 
+def edged_score(dtype: torch.dtype = torch.float64) -> OddsScore:
+    direction = torch.randn(968, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
+    pixels = odds_score(dtype)
+    return OddsScore(pixels.object, pixels.clutter, 3.0, edges=EdgeOdds(direction, 2.0, 0.5))
+
+
 def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:
     generator = torch.Generator().manual_seed(4)
     target = torch.rand(3, 5, 24, 24, generator=generator, dtype=torch.float64).to(dtype)
@@ -65,6 +72,7 @@ def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:
         "quadratic, one target": QuadraticScore(target[0, 0], 0.1),
         "odds": odds_score(dtype),
         "gaussian odds": odds_score(dtype, math.inf),
+        "odds with edges": edged_score(dtype),
         "odds of given images": OddsScore(CanonicalDensity(canonical, 0.7), odds_score(dtype).clutter, 0.2),
         "paper": OddsScore(CanonicalDensity(canonical[:, 0], 0.7), None),
     }

@@ -20,6 +20,7 @@ from foveate.model.attention import AttentionModel, SceneLikelihood, as_pyramid
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract, from_density_coordinates
 from foveate.model.rbm import BernoulliRBM
@@ -275,6 +276,21 @@ def test_the_log_density_has_the_gradient_that_differences_find(double: Toy) -> 
             # Differences over 1e-5 of a piecewise smooth function of float64: some 1e-5 of it; a sample point that
             # crosses a pixel's edge within the step adds a little.
             assert float(found[scene, k]) == pytest.approx(float(slope), rel=5e-3, abs=0.05)
+
+
+def test_edges_are_added_to_the_collapsed_odds_and_leave_the_other_forms_alone(double: Toy) -> None:
+    full, pyramid = double.model, Pyramid.build(double.pictures)
+    edges = EdgeOdds(torch.randn(968, dtype=torch.float64), 1.0, 0.3)
+    for latent in ("collapsed", "full"):
+        densities = []
+        for given in (None, edges):
+            model = AttentionModel(full.dbn, full.clutter, noise=NOISE, temperature=3.0, edges=given, latent=latent)
+            pyro.set_rng_seed(1)
+            trace = pyro.poutine.trace(pyro.condition(model, {"gaze": double.gaze})).get_trace(pyramid)
+            densities.append(trace.nodes["patch"]["fn"].log_prob(trace.nodes["patch"]["value"]))
+        y = density_coordinates(pyramid.extract(double.gaze[:, None])[:, 0])
+        gain = edges.log_odds(y) if latent == "collapsed" else torch.zeros(2, dtype=torch.float64)
+        torch.testing.assert_close(densities[1] - densities[0], gain, rtol=1e-9, atol=1e-7)  # float64
 
 
 def charts(toy: Toy) -> list[gazes.LocalChart]:

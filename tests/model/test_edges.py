@@ -1,0 +1,76 @@
+"""Edges as evidence: the odds are those of the two normal laws, see the object through light, and are linear."""
+
+import pytest
+import torch
+
+from foveate.model.edges import FLOOR, EdgeOdds
+from foveate.model.errors import InputError
+from foveate.model.identity import edges
+from foveate.model.patch import density_coordinates, from_density_coordinates
+
+
+def discs(count: int, seed: int) -> torch.Tensor:
+    """Bright soft discs of nearly one size in the middle of a noisy patch."""
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.arange(24) - 11.5
+    radius = (at[:, None].square() + at.square()).sqrt()
+    size = 7 + 0.5 * torch.randn(count, 1, 1, generator=generator)
+    return 0.4 + 0.3 * torch.sigmoid(size - radius) + 0.05 * torch.randn(count, 24, 24, generator=generator)
+
+
+def noise(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 1, 6, 6, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (24, 24), mode="bicubic")[:, 0]
+
+
+@pytest.fixture(scope="module")
+def odds() -> EdgeOdds:
+    return EdgeOdds.fit(density_coordinates(discs(300, 1)), density_coordinates(noise(900, 2)))
+
+
+def test_the_odds_are_those_of_two_normal_laws_with_one_covariance(odds: EdgeOdds) -> None:
+    known, other = (
+        edges(from_density_coordinates(density_coordinates(x))).double() for x in (discs(300, 1), noise(900, 2))
+    )
+    spread = 0.5 * (torch.cov(known.T) + torch.cov(other.T))
+    spread += FLOOR * torch.cov(other.T).diagonal().mean() * torch.eye(len(spread), dtype=torch.float64)
+    new = density_coordinates(torch.cat([discs(4, 3), noise(4, 4)]))
+    f = edges(from_density_coordinates(new)).double()
+    laws = [torch.distributions.MultivariateNormal(m, spread) for m in (known.mean(0), other.mean(0))]
+    expected = laws[0].log_prob(f) - laws[1].log_prob(f)
+    # Differences of hundreds of nats in float32.
+    torch.testing.assert_close(odds.log_odds(new).double(), expected, rtol=1e-3, atol=0.05)
+
+
+def test_new_objects_and_new_clutter_are_told_apart(odds: EdgeOdds) -> None:
+    new, other = (odds.log_odds(density_coordinates(x)) for x in (discs(200, 5), noise(200, 6)))
+    assert float(new.min()) > float(other.max())
+
+
+def test_light_does_not_matter(odds: EdgeOdds) -> None:
+    patch = discs(20, 7)
+    first, second = (odds.log_odds(density_coordinates(x)) for x in (patch, 0.2 + 0.6 * patch))
+    # The floor of the normalisation (5 % of the range) is what light may still change.
+    assert float((first - second).abs().max()) < 0.1 * float(first.std() + first.abs().mean())
+
+
+def test_the_weight_multiplies_and_a_blank_one_says_nothing(odds: EdgeOdds) -> None:
+    y = density_coordinates(discs(3, 8))
+    half = EdgeOdds(odds.direction, odds.offset, 0.5)
+    torch.testing.assert_close(half.log_odds(y), 0.5 * odds.log_odds(y))
+    blank = EdgeOdds.blank()
+    assert torch.equal(blank.log_odds(y), torch.zeros(3))
+    blank.load_state_dict(half.state_dict())
+    assert torch.equal(blank.log_odds(y), half.log_odds(y))
+
+
+def test_the_odds_are_differentiable_in_the_patch() -> None:
+    y = density_coordinates(discs(2, 9).double()).requires_grad_()
+    odds = EdgeOdds(torch.randn(968, dtype=torch.float64))
+    assert torch.autograd.gradcheck(odds.log_odds, (y,), eps=1e-7, atol=1e-4)
+
+
+def test_too_few_patches_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 10"):
+        EdgeOdds.fit(torch.randn(4, 575), torch.randn(40, 575))
