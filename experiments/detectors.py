@@ -189,7 +189,7 @@ def require_opencv() -> ModuleType:
 @cache
 def _cascade() -> Any:
     cv2 = require_opencv()
-    return cv2.CascadeClassifier(str(Path(cv2.__file__).parent / "data" / CASCADE))
+    return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / CASCADE))
 
 
 def _haar_windows(height: int, width: int) -> int:
