@@ -9,7 +9,7 @@ replicated: x(u) is continuous in u.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,6 +37,9 @@ PIXELS = gazes.CANONICAL_SIZE**2
 
 # The noise that keeps the normalisation of a flat patch finite: 5 % of the intensity range.
 NORMALISING_FLOOR = 0.05
+
+# Samples of a coarse copy beyond the picture's edges: past 4 sd the replicated edge is all there is.
+_MARGIN = 5
 
 # Points read in some 0.2 ms: a thread is not worth its start for fewer.
 _POINTS_PER_THREAD = 16384
@@ -96,10 +99,10 @@ class Pyramid:
             picture = picture.to(dtype or picture.dtype)
             finest = math.floor(_level(smallest * min(picture.shape) / gazes.CANONICAL_SIZE))
             finest, coarsest = levels or (finest, LEVELS)
-            for k in range(finest, coarsest + 1):
-                step = _stride(k, oversampling)
-                block = _blurred(picture, k, step)
-                table[:, i, k] = begin, block.shape[0], block.shape[1], step
+            for k, block in zip(
+                range(finest, coarsest + 1), _levels(picture, finest, coarsest, oversampling), strict=True
+            ):
+                table[:, i, k] = begin, block.shape[0], block.shape[1], _stride(k, oversampling)
                 blocks.append(block.reshape(-1))
                 begin += block.numel()
             table[:, i, :finest] = table[:, i, finest : finest + 1]
@@ -308,27 +311,71 @@ def _stride(level: int, oversampling: float | None) -> int:
     return max(1, 2 ** math.floor(math.log2(0.5 * 2 ** (level / 2) / oversampling)))
 
 
-def _blurred(picture: Tensor, level: int, stride: int) -> Tensor:
-    """The picture blurred to `level`, one sample every `stride` pixels, last sample at or beyond the last pixel."""
-    if level == 0:
-        return picture
-    blurred = picture
-    for axis in (0, 1):
-        taps, radius = _kernel(level)
-        weight = taps.to(picture.dtype).to(picture.device)
-        length = blurred.shape[axis]
-        count = -(-(length - 1) // stride) + 1
-        index = torch.arange(-radius, (count - 1) * stride + radius + 1, device=picture.device).clamp(0, length - 1)
-        padded = blurred.index_select(axis, index)
-        shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
-        strides = (stride, 1) if axis == 0 else (1, stride)
-        blurred = functional.conv2d(padded[None, None], weight.reshape(shape), stride=strides)[0, 0]
-    return blurred
+def _levels(picture: Tensor, finest: int, coarsest: int, oversampling: float | None) -> Iterator[Tensor]:
+    """The picture blurred to each level, one sample every `_stride` pixels, the last at or beyond the last pixel.
+
+    A level that is kept at every second pixel or fewer is blurred from a coarse copy of the picture: blurred to an sd
+    of one of its samples, which hides nothing that the level shows (what aliases is damped by e⁻¹⁹), and by the rest
+    of the level's variance afterwards. Pixels of a large photograph are so read once, not once a level.
+    """
+    copy, spacing, blurred = picture, 1, 0.0
+    for level in range(finest, coarsest + 1):
+        stride, sd = _stride(level, oversampling), 0.5 * 2 ** (level / 2)
+        if level == 0:
+            yield picture
+            continue
+        wanted = min(stride, 2 ** max(0, math.floor(math.log2(sd / 2))))
+        if wanted > spacing:
+            rest = math.sqrt(wanted**2 - blurred**2) / spacing
+            copy = _smoothed(copy, rest, wanted // spacing, _samples(picture, wanted), _margin(spacing), _MARGIN)
+            spacing, blurred = wanted, float(wanted)
+        rest = math.sqrt(sd**2 - blurred**2) / spacing
+        yield _smoothed(copy, rest, stride // spacing, _samples(picture, stride), _margin(spacing), 0)
+
+
+def _samples(picture: Tensor, stride: int) -> tuple[int, int]:
+    rows, columns = (-(-(length - 1) // stride) + 1 for length in picture.shape)
+    return rows, columns
+
+
+def _margin(spacing: int) -> int:
+    """Samples of a copy before the picture's first pixel: none of the picture itself."""
+    return 0 if spacing == 1 else _MARGIN
+
+
+def _smoothed(
+    copy: Tensor, sd: float, step: int, samples: tuple[int, int], before: int, around: int
+) -> Float[Tensor, "rows columns"]:
+    """Every `step`-th sample of `copy` after a blur of `sd` (in its samples), edges replicated.
+
+    Args:
+        copy: begins `before` samples before the picture's first pixel.
+        sd: of the Gaussian, cut at 4 sd.
+        step: samples of `copy` from one to the next.
+        samples: rows and columns on the picture.
+        before: see `copy`.
+        around: how many further ones on each side.
+    """
+    taps, radius = _kernel(sd)
+    weights = taps.tolist()
+    for axis, count in enumerate(samples):
+        count += 2 * around
+        first = before - around * step - radius
+        index = torch.arange(first, first + (count - 1) * step + 2 * radius + 1, device=copy.device)
+        padded = copy.index_select(axis, index.clamp(0, copy.shape[axis] - 1))
+        reach = (count - 1) * step + 1
+        # Shifted sums: a convolution of one channel is several times slower, and copies more.
+        shifted = [
+            padded[k : k + reach : step] if axis == 0 else padded[:, k : k + reach : step] for k in range(len(weights))
+        ]
+        copy = weights[0] * shifted[0]
+        for weight, part in zip(weights[1:], shifted[1:], strict=True):
+            copy.add_(part, alpha=weight)
+    return copy
 
 
 @cache
-def _kernel(level: int) -> tuple[Tensor, int]:
-    sd = 0.5 * 2 ** (level / 2)
+def _kernel(sd: float) -> tuple[Tensor, int]:
     radius = int(4 * sd + 0.5)
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sd) ** 2)
     return taps / taps.sum(), radius
