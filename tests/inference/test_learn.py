@@ -181,6 +181,15 @@ def test_a_round_that_loses_what_the_start_was_sure_of_is_not_accepted(
     assert monitor.presence == pytest.approx(0.6)
 
 
+def test_a_round_that_is_less_sure_than_the_start_is_not_accepted(tmp_path: Path) -> None:
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 20).double()
+    presence = torch.full((20,), 0.6).double()
+    first = _written(tmp_path / "first", gaze, presence)
+    for name, following, accepted in (("less", presence - 0.01, False), ("more", presence + 0.01, True)):
+        after = _written(tmp_path / name, gaze, following)
+        assert learning._monitor(small_run(), 1, after, first, first, 30, 0.5).accepted is accepted
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_drifted_round_is_dropped_and_ends_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "RETAINED", 1.1)
