@@ -36,6 +36,7 @@ from foveate.inference.noise import batch_streams
 from foveate.inference.potential import GazePotential, OddsScore, QuadraticScore
 from foveate.model import gaze as gazes
 from foveate.model.density import EllipticalDensity
+from foveate.model.edges import EdgeOdds
 from foveate.model.patch import Pyramid, density_coordinates
 
 __all__ = ["SAMPLERS", "Bench", "run_bench"]
@@ -284,10 +285,10 @@ def _first(problem: GazePotential, count: int, repeat: int = 1) -> GazePotential
 
 
 def _odds(seed: int) -> OddsScore:
-    """Odds of two Student-t densities, of composed faces and of patches that show none, seen through noise of 1."""
+    """Odds of composed faces against patches that show none: Student-t densities through noise of 1, and edges."""
     faces, clutter = orl_scenes("train", 150, seed=seed), orl_clutter("train", 30, seed=seed)
     assert faces.gazes is not None
-    densities = []
+    examples = []
     looks = Pyramid.build(clutter.pictures())
     prior = gazes.GazePrior(looks.size.float()[:, None].expand(-1, 10, -1))
     with torch.random.fork_rng(devices=[]):
@@ -297,8 +298,9 @@ def _odds(seed: int) -> OddsScore:
         Pyramid.build(faces.pictures()).extract(faces.gazes.float()),
         looks.extract(anywhere).flatten(0, 1),
     ):
-        densities.append(EllipticalDensity.fit(density_coordinates(patches), floor=1.0, nu=8.0))
-    return OddsScore(*densities)
+        examples.append(density_coordinates(patches))
+    densities = [EllipticalDensity.fit(y, floor=1.0, nu=8.0) for y in examples]
+    return OddsScore(*densities, edges=EdgeOdds.fit(*examples))
 
 
 def _scaling(problem: GazePotential) -> Iterator[dict[str, Any]]:
