@@ -299,8 +299,8 @@ def _odds(seed: int) -> OddsScore:
         looks.extract(anywhere).flatten(0, 1),
     ):
         examples.append(density_coordinates(patches))
-    densities = [EllipticalDensity.fit(y, floor=1.0, nu=8.0) for y in examples]
-    return OddsScore(*densities, edges=EdgeOdds.fit(*examples))
+    face, other = (EllipticalDensity.fit(y, floor=1.0, nu=8.0) for y in examples)
+    return OddsScore(face, other, edges=EdgeOdds.fit(*examples))
 
 
 def _scaling(problem: GazePotential) -> Iterator[dict[str, Any]]:

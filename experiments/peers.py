@@ -133,7 +133,7 @@ def numpyro_hmc(
             warmup,
             step_size=step_size,
             num_steps=num_steps,
-            trajectory_length=None,  # or it would override the step size
+            trajectory_length=None,  # pyright: ignore[reportArgumentType] -- or it would override the step size
             adapt_step_size=warmup > 0,
             adapt_mass_matrix=warmup > 0,
             rng_key=key,
