@@ -179,7 +179,7 @@ def require_opencv() -> ModuleType:
         InputError: it is not installed; the message names the extra.
     """
     try:
-        import cv2
+        import cv2  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("OpenCV is not installed: the detectors need it, pip install 'foveate[bench]'") from error
     cv2.setNumThreads(torch.get_num_threads())
