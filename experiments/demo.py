@@ -60,7 +60,7 @@ class Demo(Common):
     scenes: int = 640
     clutter: int = 160
     unseen: int = 60
-    budget: Budget = field(default_factory=lambda: Budget(glance_steps=1800, look_steps=800, dbn_steps=1000))
+    budget: Budget = field(default_factory=lambda: Budget(glance_steps=1500, look_steps=800, dbn_steps=1000))
     sampling: Sampling = field(default_factory=Sampling)
 
     def run(self) -> None:
