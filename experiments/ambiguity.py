@@ -24,7 +24,7 @@ from torch import Tensor
 from foveate.data import Scenes, TwoFaceScenes, orl_clutter, orl_scenes, two_face_scenes
 from foveate.data.scenes import parse_spec
 from foveate.experiments.figures import scenes_figure
-from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least
+from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
 from foveate.experiments.training import Budget, default_clutter, fit_logged
@@ -86,7 +86,7 @@ class Ambiguity(Common):
     sampling: Sampling = field(default_factory=lambda: Sampling(chains=2, draws=60, warmup=40))
 
     def run(self) -> None:
-        self.budget.check()
+        require_steps(self.budget)
         self.sampling.check()
         require_at_least("--scenes", self.scenes, 1)
         require_at_least("--swept", self.swept, 1)

@@ -22,7 +22,7 @@ from foveate.experiments.figures import (
     scene_figure,
     scenes_figure,
 )
-from foveate.experiments.options import Common, announce, print_table, require_at_least
+from foveate.experiments.options import Common, announce, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, save_figure
 from foveate.experiments.report import Report, add_summary
 from foveate.experiments.scoring import Sampling, score_rows
@@ -64,7 +64,7 @@ class Demo(Common):
     sampling: Sampling = field(default_factory=Sampling)
 
     def run(self) -> None:
-        self.budget.check()
+        require_steps(self.budget)
         self.sampling.check()
         require_at_least("--scenes", self.scenes, 12)
         require_at_least("--clutter", self.clutter, 1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from foveate.data import UnlabelledScenes
-from foveate.experiments.options import Common, StageBars, announce, open_run, print_table, require_at_least
+from foveate.experiments.options import Common, StageBars, announce, open_run, print_table, require_steps
 from foveate.experiments.outputs import check_run, save_figure
 from foveate.experiments.training import default_clutter, prior_figure
 from foveate.inference.checkpoint import Run, save
@@ -40,15 +40,6 @@ class LearningBudget:
     look_steps: int = 800
     dbn_steps: int = 1200
 
-    def check(self) -> None:
-        """Refuse a part without steps.
-
-        Raises:
-            InputError: naming the option.
-        """
-        for name, steps in dataclasses.asdict(self).items():
-            require_at_least(f"--{name.replace('_', '-')}", steps, 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Learn(Common):
@@ -73,7 +64,7 @@ class Learn(Common):
     budget: LearningBudget = field(default_factory=LearningBudget)
 
     def run(self) -> None:
-        self.budget.check()
+        require_steps(self.budget)
         check_run(self.out)
         working = working_folder(self.out)
         if working.exists() and not self.resume:

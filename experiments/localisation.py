@@ -36,7 +36,7 @@ from foveate.experiments.figures import (
     scenes_figure,
     steps_figure,
 )
-from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least
+from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
 from foveate.experiments.training import BUNDLED_CLUTTER, Budget, default_clutter, fit_logged
@@ -114,7 +114,7 @@ class Localisation(Common):
     sampling: Sampling = field(default_factory=lambda: Sampling(draws=200, warmup=100))
 
     def run(self) -> None:
-        self.budget.check()
+        require_steps(self.budget)
         self.sampling.check()
         require_at_least("--seeds", self.seeds, 1)
         require_at_least("--starts", self.starts, 1)

@@ -1,5 +1,6 @@
 """What all commands share: seed, device, threads, and how they tell where they are."""
 
+import dataclasses
 import os
 import sys
 import time
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numba
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from foveate.inference.checkpoint import Run, load
 from foveate.model.errors import InputError
 
-__all__ = ["Common", "StageBars", "announce", "open_run", "print_table", "require_at_least"]
+__all__ = ["Common", "StageBars", "announce", "open_run", "print_table", "require_at_least", "require_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,16 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in [header, rule, *rows]:
         right = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *right]))
+
+
+def require_steps(budget: Any) -> None:
+    """Refuse a budget, a dataclass of numbers of steps, with a part that has none.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name, steps in dataclasses.asdict(budget).items():
+        require_at_least(f"--{name.replace('_', '-')}", steps, 1)
 
 
 def require_at_least(option: str, value: int, least: int) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from foveate.data import Scenes, orl_clutter
 from foveate.experiments.figures import Sheet, sheets_figure
-from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
+from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least, require_steps
 from foveate.experiments.outputs import check_picture, check_run, save_figure, write_text
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
@@ -44,15 +44,6 @@ class Budget:
     look_steps: int = 1500
     dbn_steps: int = 2000
 
-    def check(self) -> None:
-        """Refuse a part without steps.
-
-        Raises:
-            InputError: naming the option.
-        """
-        for name, steps in dataclasses.asdict(self).items():
-            require_at_least(f"--{name.replace('_', '-')}", steps, 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Common):
@@ -74,7 +65,7 @@ class Train(Common):
     budget: Budget = field(default_factory=Budget)
 
     def run(self) -> None:
-        self.budget.check()
+        require_steps(self.budget)
         check_run(self.out)
         unfinished = unfinished_training(self.out)
         if unfinished.exists() and not self.resume:

@@ -41,7 +41,7 @@ BATCH, FEWEST_TO_CALIBRATE = 16, 8
 # What the model's variant is chosen among; without the guide as a prior, as many nats lower are as good.
 NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), 0.05
 # Scenes held out are of the training scenes' kind, where pixels know best; of another kind only edges are still known.
-# Hence no less than this: with Caltech's faces learned, it takes the IoU on WebFaces' (train) from 0.76 to 0.81.
+# Hence no less than the least of these.
 EDGE_WEIGHTS = (0.12, 0.25, 0.5, 1.0)
 WORST, CALIBRATION_POINTS = -25.0, 512
 
@@ -213,7 +213,7 @@ def _misaligned(
 ) -> Float[Tensor, "scene version 24 24"]:
     """Crops as far off as found gazes are: sd 0.8 canonical pixels, 5 % in scale and 0.05 radians.
 
-    Seen so, people left out of the fit are told apart in 94 % of trials; learned from a labeller's jitter in 91 %.
+    Where gazes are found and not marked, people are told apart better so than by crops with a labeller's jitter.
     """
     gaze = torch.stack([_jittered(of, count, 0.8, 0.05, generator) for of in truth.double()])
     return pyramid.extract(gaze).float()

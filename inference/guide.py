@@ -15,7 +15,7 @@ __all__ = ["CHANGE_SCALES", "GazeChange", "GazeGuide", "WINDOW", "WINDOW_EXTENT"
 
 # The window is three patches (72 canonical pixels) wide and is read at two thirds of the canonical resolution.
 WINDOW, WINDOW_EXTENT = 48, 3.0
-# The window's cells within half a patch of its middle.
+# The cells of the window that look at the middle patch: within 12.8 canonical pixels of the middle.
 MIDDLE = slice(4, 9)
 # One unit of change: half a patch in x and y, a factor e in scale, a radian.
 CHANGE_SCALES = (12.0, 12.0, 1.0, 1.0)

@@ -58,8 +58,8 @@ MOST_CLUTTER = 200
 FEWEST = 12
 # Share of the scenes held out to watch, and at most so many.
 HELD_OUT, MOST_HELD_OUT = 0.1, 120
-# Of what the start was sure of, a round must find at least this share again. The surest scenes of a start that was
-# right in 65 % of WebFaces were right in 92 to 95 %, so that a better round may well lose a twelfth of them.
+# Of what the start was sure of, a round must find at least this share again. A start is not always right where it is
+# surest, so that a better round may well lose some of it.
 RETAINED = 0.75
 # Learning rates, as shares of the bootstrap's: the guide goes on from where it is.
 RATE = 0.4
@@ -358,29 +358,15 @@ def _maximisation(
             read.append(_guide_data(plan, found, chosen, number))
         return read[0]
 
-    def glance() -> Run:
-        following = load(place.parent / ("start" if number == 1 else f"round_{number - 1}/run"))
-        guide = following.guide.to(device)
-        train_glance(
-            guide,
+    def guided(half: str, train: Callable[..., float], before: Path, rate: float, key: int) -> Run:
+        following = load(before)
+        train(
+            following.guide.to(device),
             data(),
-            steps=steps["glance_steps"],
-            rate=RATE * 3e-3,
-            seed=plan.seed_of(number, 3),
-            progress=lambda i, n, loss: report(f"glance, round {number}", i, n, loss),
-        )
-        return following
-
-    def look() -> Run:
-        following = load(place / "glance")
-        guide = following.guide.to(device)
-        train_looks(
-            guide,
-            data(),
-            steps=steps["look_steps"],
-            rate=RATE * 2e-3,
-            seed=plan.seed_of(number, 4),
-            progress=lambda i, n, loss: report(f"look, round {number}", i, n, loss),
+            steps=steps[f"{half}_steps"],
+            rate=RATE * rate,
+            seed=plan.seed_of(number, key),
+            progress=lambda i, n, loss: report(f"{half}, round {number}", i, n, loss),
         )
         return following
 
@@ -405,8 +391,10 @@ def _maximisation(
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
         return following
 
-    _stage(place / "glance", glance, device)
-    _stage(place / "look", look, device)
+    start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
+    # The rates are the bootstrap's, see `train_glance` and `train_looks`.
+    _stage(place / "glance", lambda: guided("glance", train_glance, start, 3e-3, 3), device)
+    _stage(place / "look", lambda: guided("look", train_looks, place / "glance", 2e-3, 4), device)
     return _stage(place / "run", believe, device)
 
 

@@ -57,7 +57,8 @@ class EllipticalDensity(nn.Module):
         if not bool(variances[0] > 0):
             raise InputError(f"covariance with smallest eigenvalue {float(variances[0]):.3g}: add a positive floor")
         self.register_buffer("mean", mean.clone())
-        self.register_buffer("axes", axes.to(mean.dtype))
+        # As a state is loaded: sums are taken in the order in which memory lies.
+        self.register_buffer("axes", axes.to(mean.dtype).contiguous())
         self.register_buffer("variances", variances.to(mean.dtype))
         self.register_buffer("nu", torch.tensor(nu, dtype=mean.dtype, device=mean.device))
 
@@ -82,7 +83,7 @@ class EllipticalDensity(nn.Module):
         nn.Module.__init__(density)
         nu = torch.as_tensor(nu, dtype=mean.dtype, device=mean.device)
         for name, value in (("mean", mean), ("axes", axes), ("variances", variances), ("nu", nu)):
-            density.register_buffer(name, value.clone())
+            density.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
         return density
 
     @classmethod

@@ -65,11 +65,7 @@ def test_shares_count_the_starts_that_lead_to_the_person_asked_for() -> None:
 
 
 def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    before = torch.get_num_threads()
-    try:
-        assert main(["ambiguity", *arguments]) == 2
-    finally:
-        torch.set_num_threads(before)
+    assert main(["ambiguity", *arguments]) == 2
     return capsys.readouterr().err
 
 
@@ -91,11 +87,7 @@ def test_the_command_trains_asks_every_question_and_draws(tmp_path: Path, monkey
     monkeypatch.setattr(ambiguity, "GRID", 3)
     out = tmp_path / "ambiguity"
     steps = ["--glance-steps", "3", "--look-steps", "3", "--dbn-steps", "4", "--draws", "4", "--warmup", "2"]
-    before = torch.get_num_threads()
-    try:
-        assert main(["ambiguity", "--out", str(out), "--scenes", "2", "--swept", "1", "--threads", "1", *steps]) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert main(["ambiguity", "--out", str(out), "--scenes", "2", "--swept", "1", "--threads", "1", *steps]) == 0
     written = {path.name for path in out.iterdir()}
     assert {"run", "results.json", "results.md", "ends.png", "curves.png", "basins.png"} <= written
     results: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))

@@ -15,30 +15,10 @@ from PIL import Image
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import attending
 from foveate.experiments.cli import COMMANDS, main
-from foveate.inference.checkpoint import Run, save
-from foveate.inference.guide import GazeGuide
 from foveate.inference.posterior import Posterior
-from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 
 THREADS = ["--threads", "1"]
 SMALL = ((96, 120), (120, 96))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def blank_run(tmp_path: Path) -> Path:
-    """A run of the right form that has learned nothing."""
-    dbn = DeepBeliefNet.from_config({"layer": "diagonal", "hidden": 6, "top": 4, "dimension": 575})
-    dbn.set_log_z(10 * math.log(2), 0.0)
-    save(Run(AttentionModel(dbn, ClutterModel.blank(575)), GazeGuide(8)), tmp_path / "run")
-    return tmp_path / "run"
 
 
 def _write_pictures(scenes: Scenes, folder: Path, labels: bool = True) -> Path:

@@ -2,13 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from foveate.experiments.cli import main
@@ -16,14 +14,6 @@ from foveate.experiments.density import recovered, table_rows
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _score(bound: float, accuracy: float, iou: float) -> dict[str, Any]:

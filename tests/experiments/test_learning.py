@@ -1,40 +1,18 @@
 """The command `learn`: what it refuses, and that it ends the same after an interruption, with log and pictures."""
 
 import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from foveate.experiments import learning
 from foveate.experiments.cli import main
-from foveate.inference.checkpoint import Run, load, save
-from foveate.inference.guide import GazeGuide
+from foveate.inference.checkpoint import Run, load
 from foveate.inference.learn import Monitor
-from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 
 THREADS = ["--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def blank_run(tmp_path: Path) -> Path:
-    """A run of the right form that has learned nothing."""
-    dbn = DeepBeliefNet.from_config({"layer": "diagonal", "hidden": 6, "top": 4, "dimension": 575})
-    dbn.set_log_z(10 * math.log(2), 0.0)
-    save(Run(AttentionModel(dbn, ClutterModel.blank(575)), GazeGuide(8)), tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +90,6 @@ def _write(scenes: Scenes, folder: Path, split: str = "") -> list[str]:
         if scene.gaze is not None:
             rows.append(",".join([name, *map(str, scene.gaze.tolist()), split]))
     return rows
-
-
-@pytest.fixture
-def threads() -> Iterator[list[str]]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield ["--threads", "1"]
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

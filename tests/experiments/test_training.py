@@ -2,26 +2,16 @@
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from foveate.data import orl_clutter, orl_scenes
 from foveate.experiments.cli import main
 
 # The package's function `fit` hides the module of the same name.
 fitting = importlib.import_module("foveate.inference.fit")
-
-
-@pytest.fixture
-def threads() -> Iterator[list[str]]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield ["--threads", "1"]
-    torch.set_num_threads(before)
 
 
 def test_training_that_was_interrupted_is_resumed_to_the_same_guide(

@@ -178,6 +178,21 @@ def test_the_window_is_three_patches_at_two_thirds_of_the_resolution() -> None:
     assert CHANGE_SCALES[0] == gazes.CANONICAL_SIZE / 2
 
 
+def test_an_object_is_recognised_by_the_glances_best_cell_on_the_patch_and_in_the_mirror() -> None:
+    guide = GazeGuide(4).eval()
+    torch.nn.init.normal_(guide.glance.head.weight)
+    pyramid = Pyramid.build([torch.rand(60, 80, dtype=torch.float64)])
+    gaze = gazes.from_parts(torch.tensor([[40.0, 30.0]]), torch.tensor([0.7]), torch.tensor([0.2])).double()
+    window = pyramid.extract(gaze[None], WINDOW, WINDOW_EXTENT)[0].float()
+    cells = cell_centres(12, 12, torch.float64, torch.device("cpu"))
+    on_patch = cells.abs().amax(-1) < 13
+    assert int(on_patch.sum()) == 25
+    with torch.no_grad():
+        best = [guide.glance(seen)[0, 0][on_patch].max() for seen in (window, window.flip(-1))]
+    found = guide.recognise(pyramid, gaze, torch.zeros(1, dtype=torch.long))
+    torch.testing.assert_close(found[0], (best[0] + best[1]) / 2, rtol=0, atol=1e-6)  # one sum of float32
+
+
 def test_an_object_and_its_mirror_image_are_recognised_alike() -> None:
     guide = GazeGuide(4).eval()
     torch.nn.init.normal_(guide.glance.head.weight)

@@ -167,6 +167,22 @@ def test_with_two_samples_a_blur_width_the_error_is_a_thousandth() -> None:
     assert errors[1] < 1e-3
 
 
+@pytest.mark.parametrize("size", [(200, 300), (61, 47)])
+def test_levels_kept_coarsely_are_the_picture_blurred_once(size: tuple[int, int]) -> None:
+    picture = photograph(*size)
+    pyramid = Pyramid.build([picture], oversampling=2.0)
+    for level in range(1, pyramid.stride.shape[1]):
+        rows, columns, step = (int(table[0, level]) for table in (pyramid.rows, pyramid.columns, pyramid.stride))
+        begin = int(pyramid.offset[0, level])
+        kept = pyramid.texels[begin : begin + rows * columns].reshape(rows, columns)
+        # SciPy blurs the whole picture, replicates its edges and cuts the Gaussian at 4 sd, as the definition does; the
+        # last sample may lie beyond the picture, so that it is widened by its last pixels first.
+        wide = np.pad(picture.numpy(), ((0, step), (0, step)), mode="edge")
+        wanted = gaussian_filter(wide, 0.5 * 2 ** (level / 2), mode="nearest", truncate=4.0)[::step, ::step]
+        # A Gaussian of two is cut twice at 4 sd and aliases by e^-19: 6e-5 of the contrast, which is below 1.
+        torch.testing.assert_close(kept, torch.from_numpy(wanted[:rows, :columns]), rtol=0, atol=6e-5)
+
+
 def test_levels_finer_than_the_smallest_patch_are_not_built_and_nothing_else_changes() -> None:
     picture = photograph(200, 300)
     whole = Pyramid.build([picture])
