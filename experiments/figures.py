@@ -226,7 +226,7 @@ class EnergyPath(NamedTuple):
 
 
 def energy_paths_figure(paths: Sequence[EnergyPath], *, columns: int = 5) -> Figure:
-    """Scenes with the found gaze (blue) and the true one (white), and below each the energy on the way between them.
+    """Scenes with the found gaze (yellow) and the true one (white), and below each the energy on the way between them.
 
     Energies are relative to the true gaze: a curve that ends above where it begins says that the model prefers the gaze
     it found, one that ends below that the search missed the better one. Convention: as the module.
@@ -247,7 +247,7 @@ def energy_paths_figure(paths: Sequence[EnergyPath], *, columns: int = 5) -> Fig
         above.set_title(path.title, fontsize=7, pad=2)
         at_truth = path.energy[(path.position - 1).abs().argmin()]
         below.plot(path.position.numpy(), (path.energy - at_truth).double().numpy(), color="black", lw=1)
-        for position, colour in ((0.0, BLUE), (1.0, "white")):
+        for position, colour in ((0.0, gaze_colours(1)[0]), (1.0, "white")):
             height = float(path.energy[(path.position - position).abs().argmin()] - at_truth)
             below.plot(position, height, "o", color=colour, mec="black", ms=5)
         below.tick_params(labelsize=6)

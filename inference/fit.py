@@ -39,10 +39,7 @@ HELD_OUT, MOST_HELD_OUT = 0.12, 60
 # Scenes that are worked on together while calibrating, and the fewest from which sds are estimated.
 BATCH, FEWEST_TO_CALIBRATE = 16, 8
 # What the model's variant is chosen among; without the guide as a prior, as many nats lower are as good.
-NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), 0.05
-# Scenes held out are of the training scenes' kind, where pixels know best; of another kind only edges are still known.
-# Hence no less than the least of these.
-EDGE_WEIGHTS = (0.12, 0.25, 0.5, 1.0)
+NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), tuple(2.0**k for k in range(9)), 0.05
 WORST, CALIBRATION_POINTS = -25.0, 512
 
 
@@ -228,7 +225,10 @@ def fit_clutter(
 ) -> None:
     """What tells the object from clutter, in place: clutter's density and the odds of edges (their weight is kept).
 
-    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it.
+    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it. Edges have an
+    equal say with pixels: their log-odds are scaled to have as wide a gap between the object's crops and clutter.
+    Scenes held out could not weigh the two: they are of the training scenes' kind, where pixels judge best, and on
+    another kind it is edges that are still known.
     """
     samples = []
     if data.clutter is not None:
@@ -239,10 +239,16 @@ def fit_clutter(
     missed = gazes.overlap(gaze, data.gaze[scene].double()) < 0.05
     samples.append(data.pyramid.extract(gaze[missed], scene=scene[missed]))
     y = density_coordinates(torch.cat(samples)).float()
-    model.clutter, before = ClutterModel.fit(y), model.edges
-    model.edges = EdgeOdds.fit(of_object, y)
-    if before is not None:
-        model.edges.weight.copy_(before.weight)
+    model.clutter, weight = ClutterModel.fit(y), 1.0 if model.edges is None else float(model.edges.weight)
+    edges = EdgeOdds.fit(of_object, y)
+    pixels, clutter = model.marginal_densities()
+    assert clutter is not None
+    by_pixels, by_edges = (
+        [float((pixels.log_prob(part) - clutter.log_prob(part)).mean()) for part in (of_object, y)],
+        [float(edges.log_odds(part).mean()) for part in (of_object, y)],
+    )
+    scale = max(0.0, by_pixels[0] - by_pixels[1]) / (by_edges[0] - by_edges[1])
+    model.edges = EdgeOdds(scale * edges.direction, scale * edges.offset, weight)
 
 
 def calibrate(
@@ -314,7 +320,7 @@ def _choose_variant(
     near: list[tuple[Tensor, Tensor]],
     true: list[Tensor],
 ) -> dict[str, Any]:
-    """Noise, temperature, weight of the edges, the guide's part as a prior: what makes the true gazes most probable.
+    """Noise, temperature and the guide's part as a prior: the variant under which the true gazes are most probable.
 
     Score: mean log posterior density of the truth within its mode, in the mode's chart, nats; a proper score: an
     overconfident variant loses as much as a vague one. The posterior is normalised by importance sampling
@@ -323,8 +329,8 @@ def _choose_variant(
     """
     if not any(bool((gazes.overlap(gaze, truth) > 0.3).any()) for (gaze, _), truth in zip(near, true, strict=True)):
         return {}
-    scores: dict[tuple[bool, float, float, float], list[Tensor]] = {}
-    means: dict[tuple[bool, float, float, float], list[Tensor]] = {}
+    scores: dict[tuple[bool, float, float], list[Tensor]] = {}
+    means: dict[tuple[bool, float, float], list[Tensor]] = {}
     start: list[Tensor] = []
     edges = EdgeOdds.blank() if model.edges is None else EdgeOdds(model.edges.direction, model.edges.offset)
     for pyramid, (gaze, sd), truth in zip(pyramids, near, true, strict=True):
@@ -342,12 +348,12 @@ def _choose_variant(
             model.noise = noise
             dense_object, dense_clutter = model.marginal_densities()
             assert dense_clutter is not None
-            log_odds = (dense_object.log_prob(patch) - dense_clutter.log_prob(patch)).double()
-            for temperature, share, with_guide in itertools.product(TEMPERATURES, EDGE_WEIGHTS, (False, True)):
-                log_p = log_odds / temperature + share * log_edges + rest + with_guide * belief
+            log_odds = (dense_object.log_prob(patch) - dense_clutter.log_prob(patch)).double() + log_edges
+            for temperature, with_guide in itertools.product(TEMPERATURES, (False, True)):
+                log_p = log_odds / temperature + rest + with_guide * belief
                 weight = log_p[:, :-1] - points.log_q[:, 0]
                 of_truth = log_p[:, -1] - torch.logsumexp(weight, -1) + math.log(CALIBRATION_POINTS)
-                key = with_guide, temperature, noise, share
+                key = with_guide, temperature, noise
                 scores.setdefault(key, []).append(of_truth[close].clamp(min=WORST))
                 mean = (torch.softmax(weight, -1)[..., None] * points.gaze[:, 0]).sum(1)
                 means.setdefault(key, []).append(gazes.overlap(mean, truth)[close])
@@ -360,7 +366,7 @@ def _choose_variant(
     guide.prior_weight.fill_(float(best[0]))
     model.temperature, model.noise = best[1], best[2]
     if model.edges is not None:
-        model.edges.weight.fill_(best[3])
+        model.edges.weight.fill_(1 / model.temperature)
     return {
         "guide_prior": best[0],
         "validation_log_density": figures[best],
@@ -369,7 +375,7 @@ def _choose_variant(
         "validation_iou_posterior": iou[best],
         "validation_iou_posterior_without_guide_prior": iou[alone],
         "variants": {
-            name: dict(zip(("temperature", "noise", "edges"), key[1:], strict=True))
+            name: {"temperature": key[1], "noise": key[2]}
             for name, key in (("without_guide_prior", alone), ("with_guide_prior", aided))
         },
     }

@@ -144,7 +144,7 @@ class DiagonalLayer(_Layer):
         return self.log_sigma.exp()
 
     def recognise(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch hidden"]:
-        return torch.sigmoid(y @ self.weight + self.hidden_bias)
+        return torch.sigmoid((y @ self.weight + self.hidden_bias).clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
     def log_prob(
         self, y: Float[Tensor, "*#batch dimension"], h: Float[Tensor, "*#batch hidden"]

@@ -15,8 +15,10 @@ by the object's (Baggenstoss's projection theorem). With the pixels beside them 
 
 .. math:: p_o(y) = p_c(y) \exp\big(\tfrac1T \ell_{pixels}(y) + \kappa\, \ell(f(y))\big),
 
-where T and κ, below one, keep what both statistics say from being counted twice. That is a density as far as the tilt
-has mean one under clutter, which fitting the odds to examples of both sees to (Gutmann & Hyvärinen 2010).
+where T and κ keep what both statistics say from being counted twice. (`fit` gives both an equal say: it scales ℓ to
+have as wide a gap between object and clutter as the pixels' log-odds have, and sets κ = 1 / T.) That is a density as
+far as the tilt has mean one under clutter, which fitting the odds to examples of both sees to (Gutmann & Hyvärinen
+2010).
 """
 
 import torch

@@ -14,8 +14,9 @@ from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.fit import crops_of, fit
 from foveate.inference.guide import GazeChange, GazeGuide, change_chart
+from foveate.inference.guide_training import GuideData
 from foveate.model import gaze as gazes
-from foveate.model.attention import AttentionModel
+from foveate.model.attention import AttentionModel, SceneLikelihood
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
 from foveate.model.density import EllipticalDensity
@@ -194,8 +195,28 @@ def test_the_guide_becomes_a_prior_where_pictures_say_nothing_and_it_is_right(wi
     assert figures["validation_log_density"] >= figures["validation_log_density_without_guide_prior"] - 0.05
 
 
-def test_edges_get_a_weight_where_they_say_where_the_object_is() -> None:
-    """The model of the pixels knows nothing; the edges' odds peak at the true gazes by construction."""
+def test_edges_and_pixels_are_given_an_equal_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(8)
+    pyramid = Pyramid.build([torch.rand(80, 80, generator=generator) for _ in range(6)])
+    truth = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(6, 4)
+    x = torch.linspace(-3, 3, 24)
+    crops = 0.5 + 0.2 * torch.cos(x)[:, None] * torch.cos(x) + 0.03 * torch.randn(20, 24, 24, generator=generator)
+    y, others = density_coordinates(crops), []
+    model = quick_model()
+    model.dbn.core = EllipticalDensity.from_axes(y.mean(0), torch.eye(575), torch.full((575,), 0.3))
+    model.edges = EdgeOdds(torch.zeros(968), weight=0.25)
+    proper = ClutterModel.fit
+    monkeypatch.setattr(ClutterModel, "fit", classmethod(lambda cls, y: others.append(y) or proper(y)))
+    fitting.fit_clutter(model, y, GuideData(pyramid, truth, crops[:6]), generator, 1000)
+    assert float(model.edges.weight) == 0.25
+    edges = EdgeOdds(model.edges.direction, model.edges.offset)
+    pixels = SceneLikelihood(*model.marginal_densities(), 1.0, torch.Size([]))
+    gaps = [float(score(y).mean() - score(others[0]).mean()) for score in (pixels.log_prob, edges.log_odds)]
+    assert gaps[0] > 0 and gaps[1] == pytest.approx(gaps[0], rel=1e-3)  # float32 sums of hundreds of nats
+
+
+def test_edges_share_the_temperature_which_is_low_where_they_know_where_the_object_is() -> None:
+    """The model of the pixels knows nothing; the edges' odds peak at the true gazes by construction, or elsewhere."""
     generator = torch.Generator().manual_seed(6)
     texture = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 12, generator=generator), (80, 80), mode="bicubic")
     pyramid = Pyramid.build([texture[0, 0].clamp(0, 1)] * 10)
@@ -206,16 +227,18 @@ def test_edges_get_a_weight_where_they_say_where_the_object_is() -> None:
     other = density_coordinates(
         pyramid.extract(gazes.LocalChart(truth[:, None]).to_gaze(8 * torch.randn(10, 30, 4).double()))
     )
-    model, guide = quick_model(), GazeGuide(4)
-    model.edges = EdgeOdds.fit(seen.expand(12, -1), other.flatten(0, 1))
-    figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd)], [truth])
-    assert float(model.edges.weight) > 0
-    chosen = figures["variants"]["with_guide_prior" if figures["guide_prior"] else "without_guide_prior"]
-    assert chosen == {
-        "temperature": model.temperature,
-        "noise": model.noise,
-        "edges": pytest.approx(float(model.edges.weight)),
-    }
+    temperatures = []
+    for right in (True, False):
+        model, guide = quick_model(), GazeGuide(4)
+        model.edges = EdgeOdds.fit(seen.expand(12, -1), other.flatten(0, 1))
+        if not right:
+            model.edges.direction.mul_(-1)
+        figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd)], [truth])
+        assert float(model.edges.weight) == 1 / model.temperature  # a power of two
+        chosen = figures["variants"]["with_guide_prior" if figures["guide_prior"] else "without_guide_prior"]
+        assert chosen == {"temperature": model.temperature, "noise": model.noise}
+        temperatures.append(model.temperature)
+    assert temperatures[0] < temperatures[1]
 
 
 def test_the_variant_stays_as_it_is_when_no_mode_is_near_the_truth() -> None:
