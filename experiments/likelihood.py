@@ -26,7 +26,7 @@ from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import SMALLEST, attend, search
 from foveate.inference.checkpoint import Run, write_json
 from foveate.inference.evaluate import jittered_starts, quoted_bound
-from foveate.inference.fit import crops_of
+from foveate.inference.fit import crops_of, person_numbers
 from foveate.inference.guide import GazeGuide
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior
@@ -132,14 +132,11 @@ class Likelihood(Common):
 
     def _train_diagonal(self, scenes: Scenes, bars: StageBars) -> DeepBeliefNet:
         """The paper's diagonal net, trained as the run's own prior is: on crops at the true gazes and jittered ones."""
-        truth, people = scenes.gazes, scenes.people
+        truth = scenes.gazes
         assert truth is not None
-        number = {p: k for k, p in enumerate(dict.fromkeys(people or ()))}
-        # Where one person is not known no fold can be kept clear of people.
-        known = None if people is None or None in number else torch.tensor([number[p] for p in people])
         return train_dbn(
             crops_of(scenes, truth, torch.Generator().manual_seed(self.seed)),
-            people=known,
+            people=person_numbers(scenes.people),
             form="diagonal",
             steps=self.diagonal_steps,
             seed=self.seed,

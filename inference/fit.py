@@ -26,7 +26,7 @@ from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
-__all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit", "gaze_prior_options"]
+__all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit", "gaze_prior_options", "person_numbers"]
 
 # Stage, steps done, steps in all, and a figure to watch (the loss, or the bound in nats).
 Progress = Callable[[str, int, int, float], None]
@@ -116,7 +116,7 @@ def fit(
     pyramid = coarse_pyramid(scenes, range(len(scenes)), lambda i, n: report("reading", i, n, 0.0))
     crops = crops_of(scenes, truth, generator)
     background = coarse_pyramid(clutter, range(len(clutter))) if clutter is not None else None
-    person = _numbered(scenes.people)
+    person = person_numbers(scenes.people)
 
     guide = GazeGuide(width).to(device)
     data = GuideData(
@@ -426,7 +426,7 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
     Where every person has too many scenes to be held out, single scenes are.
     """
     wanted = min(max(4, round(HELD_OUT * count)), MOST_HELD_OUT)
-    person = _numbered(people)
+    person = person_numbers(people)
     group = torch.arange(count) if person is None else person
     held = torch.zeros(count, dtype=torch.bool)
     for g in torch.randperm(int(group.max()) + 1, generator=generator).tolist():
@@ -440,7 +440,7 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
     return held
 
 
-def _numbered(people: Sequence[str | None] | None) -> Tensor | None:
+def person_numbers(people: Sequence[str | None] | None) -> Tensor | None:
     """People as numbers; a scene whose person is not known counts as a person of its own."""
     if people is None:
         return None
