@@ -40,6 +40,8 @@ HELD_OUT, MOST_HELD_OUT = 0.12, 60
 BATCH, FEWEST_TO_CALIBRATE = 16, 8
 # What the model's variant is chosen among; without the guide as a prior, as many nats lower are as good.
 NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), tuple(2.0**k for k in range(9)), 0.05
+# Windows that show the object in part: sds about it (canonical pixels; log-scale and radians), and their IoU.
+NEAR_MISS, PARTLY = (5.0, 0.25), (0.2, 0.7)
 WORST, CALIBRATION_POINTS = -25.0, 512
 
 
@@ -189,14 +191,17 @@ def crops_of(
     """
     kept = []
     for i in range(len(scenes)):
-        jittered = _jittered(truth[i].double(), VERSIONS - 1, 0.4, 0.02, generator)
+        jittered = _jittered(truth[i].double().expand(VERSIONS - 1, 4), 0.4, 0.02, generator)
         every = torch.cat([truth[i : i + 1].double(), jittered])
         kept.append(extract(scenes.pictures([i])[0], every).float())
     return torch.stack(kept)
 
 
-def _jittered(truth: Float[Tensor, "4"], count: int, pixels: float, share: float, generator: torch.Generator) -> Tensor:
-    """Gazes ``(count, 4)`` about a true one: normal, sds in canonical pixels, and in log-scale and radians."""
+def _jittered(
+    truth: Float[Tensor, "version 4"], pixels: float, share: float, generator: torch.Generator
+) -> Float[Tensor, "version 4"]:
+    """Gazes about true ones, one each: normal, sds in canonical pixels, and in log-scale and radians."""
+    count = len(truth)
     local = gazes.from_parts(
         pixels * torch.randn(count, 2, generator=generator, dtype=torch.float64),
         torch.exp(share * torch.randn(count, generator=generator, dtype=torch.float64)),
@@ -212,7 +217,7 @@ def _misaligned(
 
     Where gazes are found and not marked, people are told apart better so than by crops with a labeller's jitter.
     """
-    gaze = torch.stack([_jittered(of, count, 0.8, 0.05, generator) for of in truth.double()])
+    gaze = torch.stack([_jittered(of.expand(count, 4), 0.8, 0.05, generator) for of in truth.double()])
     return pyramid.extract(gaze).float()
 
 
@@ -225,8 +230,10 @@ def fit_clutter(
 ) -> None:
     """What tells the object from clutter, in place: clutter's density and the odds of edges (their weight is kept).
 
-    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it. Edges have an
-    equal say with pixels: their log-odds are scaled to have as wide a gap between the object's crops and clutter.
+    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it; edges have as
+    many windows beside it that show the object in part: what tells the object from clutter alone does not tell where
+    exactly it is. Edges have an equal say with pixels: their log-odds are scaled to have as wide a gap between the
+    object's crops and clutter.
     Scenes held out could not weigh the two: they are of the training scenes' kind, where pixels judge best, and on
     another kind it is edges that are still known.
     """
@@ -240,7 +247,12 @@ def fit_clutter(
     samples.append(data.pyramid.extract(gaze[missed], scene=scene[missed]))
     y = density_coordinates(torch.cat(samples)).float()
     model.clutter, weight = ClutterModel.fit(y), 1.0 if model.edges is None else float(model.edges.weight)
-    edges = EdgeOdds.fit(of_object, y)
+    scene = data.draw(2 * len(y), generator)
+    gaze = _jittered(data.gaze[scene].double(), *NEAR_MISS, generator)
+    overlap = gazes.overlap(gaze, data.gaze[scene].double())
+    partly = ((overlap > PARTLY[0]) & (overlap < PARTLY[1])).nonzero().flatten()[: len(y)]
+    in_part = density_coordinates(data.pyramid.extract(gaze[partly], scene=scene[partly])).float()
+    edges = EdgeOdds.fit(of_object, torch.cat([y, in_part]))
     pixels, clutter = model.marginal_densities()
     assert clutter is not None
     by_pixels, by_edges = (
