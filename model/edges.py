@@ -18,7 +18,8 @@ by the object's (Baggenstoss's projection theorem). With the pixels beside them 
 where T and κ keep what both statistics say from being counted twice. (`fit` gives both an equal say: it scales ℓ to
 have as wide a gap between object and clutter as the pixels' log-odds have, and sets κ = 1 / T.) That is a density as
 far as the tilt has mean one under clutter, which fitting the odds to examples of both sees to (Gutmann & Hyvärinen
-2010).
+2010). `fit` counts windows that show the object in part to the examples that are not it, half of them: odds against
+clutter alone are wide in scale and place, and a gaze that is off a little is not the gaze either.
 """
 
 import torch

@@ -215,6 +215,36 @@ def test_edges_and_pixels_are_given_an_equal_say(monkeypatch: pytest.MonkeyPatch
     assert gaps[0] > 0 and gaps[1] == pytest.approx(gaps[0], rel=1e-3)  # float32 sums of hundreds of nats
 
 
+def test_edges_count_what_shows_the_object_in_part_to_what_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside odds that were fitted to clutter alone, windows that are off the face a little lie farther from it."""
+    pyramid, truth = {}, {}
+    for split in ("train", "test"):
+        scenes = orl_scenes(split, 60, sizes=((96, 120),))
+        pyramid[split], truth[split] = fitting.coarse_pyramid(scenes, range(60)), scenes.gazes
+    crops = pyramid["train"].extract(truth["train"][:, None])[:, 0].float()
+    y = density_coordinates(crops)
+    model, others = quick_model(), []
+    proper = ClutterModel.fit
+    monkeypatch.setattr(ClutterModel, "fit", classmethod(lambda cls, y: others.append(y) or proper(y)))
+    data = GuideData(pyramid["train"], truth["train"], crops)
+    fitting.fit_clutter(model, y, data, torch.Generator().manual_seed(9), 1000)
+    off = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).double()
+    error = gazes.from_parts(off, torch.tensor([1.0, 1.0, 0.65, 1.5]).double(), torch.zeros(4).double())
+    beside = gazes.compose(truth["test"][:, None], error)
+    whole, in_part = (
+        density_coordinates(pyramid["test"].extract(gaze).float()).flatten(0, 1)
+        for gaze in (truth["test"][:, None], beside)
+    )
+
+    def nearness(edges: EdgeOdds) -> float:
+        """Where windows that show a part lie between clutter (0) and the object (1)."""
+        part, object_, clutter = (float(edges.log_odds(v).mean()) for v in (in_part, whole, others[0]))
+        return (part - clutter) / (object_ - clutter)
+
+    # 0.78 of it as seen; without such windows among the negatives, 1.
+    assert nearness(model.edges) < 0.9 * nearness(EdgeOdds.fit(y, others[0]))
+
+
 def test_edges_share_the_temperature_which_is_low_where_they_know_where_the_object_is() -> None:
     """The model of the pixels knows nothing; the edges' odds peak at the true gazes by construction, or elsewhere."""
     generator = torch.Generator().manual_seed(6)
