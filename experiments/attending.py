@@ -75,7 +75,7 @@ class Attend(Common):
         posteriors = attend_batches(
             run.model, run.guide, scenes, max_objects=self.max_objects, **how_much, seed=self.seed, progress=True
         )
-        kept, parts = _stream(posteriors, scenes, unfinished)
+        kept, parts = _stream(posteriors, scenes, unfinished, float(run.config.get("coverage_factor", 1.0)))
         _report(kept, len(scenes), unfinished)
         merge_netcdf(parts, unfinished / "posterior.nc")
         for part in parts:
@@ -91,9 +91,14 @@ class Attend(Common):
         print(f"\n{self.out / 'report.html'}")
 
 
-def rows_of(posterior: Posterior) -> list[tuple[Any, ...]]:
-    """A row of gazes.csv (see `COLUMNS`) for each object: the reported gaze and how sure it is."""
-    gaze, sd = posterior.mean_gaze, posterior.sd
+def rows_of(posterior: Posterior, factor: float = 1.0) -> list[tuple[Any, ...]]:
+    """A row of gazes.csv (see `COLUMNS`) for each object: the reported gaze and how sure it is.
+
+    Args:
+        posterior: what was found.
+        factor: on the sds, as sampled: the run's ``coverage_factor`` (`foveate.inference.calibration`).
+    """
+    gaze, sd = posterior.mean_gaze, factor * posterior.sd
     centre, scale, rotation = gazes.parts(gaze)
     rows: list[tuple[Any, ...]] = []
     for i, name in enumerate(posterior.names):
@@ -124,7 +129,9 @@ def _each_once(scenes: UnlabelledScenes) -> UnlabelledScenes:
     return scenes.subset(list(first.values()))
 
 
-def _stream(posteriors: Iterator[Posterior], scenes: UnlabelledScenes, folder: Path) -> tuple[Posterior, list[Path]]:
+def _stream(
+    posteriors: Iterator[Posterior], scenes: UnlabelledScenes, folder: Path, factor: float
+) -> tuple[Posterior, list[Path]]:
     """Write rows, posteriors and overlays batch by batch; returns what the report shows, and the posteriors' files."""
     kept: list[Posterior] = []
     parts: list[Path] = []
@@ -137,11 +144,11 @@ def _stream(posteriors: Iterator[Posterior], scenes: UnlabelledScenes, folder: P
             likely = (torch.arange(len(every)) % objects == 0) | (every.presence >= LIKELY)
             posterior = every.subset(likely)
             numbers = (done + likely.nonzero()[:, 0] // objects).tolist()
-            for i, row in enumerate(rows_of(posterior)):
+            for i, row in enumerate(rows_of(posterior, factor)):
                 writer.writerow(row)
                 picture, name = scenes[numbers[i]]
                 draws = posterior.gaze[i].flatten(0, 1)
-                figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i))
+                figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i, factor))
                 save_figure(figure, folder / "overlays" / overlay_name(numbers[i], name, _number(posterior, i)))
             table.flush()
             part = folder / f"posterior.{len(parts):06d}.nc"
@@ -158,8 +165,8 @@ def overlay_name(index: int, name: str, number: int = 1) -> str:
     return f"{index:05d}_{Path(name).stem}{f'_{number}' if number > 1 else ''}.png"
 
 
-def _sure(posterior: Posterior, i: int) -> str:
-    x, y, size, turn = posterior.sd[i].tolist()
+def _sure(posterior: Posterior, i: int, factor: float) -> str:
+    x, y, size, turn = (factor * posterior.sd[i]).tolist()
     presence = float(posterior.presence[i])
     return f"presence {presence:.2f}, ±{max(x, y):.1f} px, ±{100 * size:.0f} %, ±{math.degrees(turn):.1f}°"
 

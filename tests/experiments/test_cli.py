@@ -15,6 +15,7 @@ from PIL import Image
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import attending
 from foveate.experiments.cli import COMMANDS, main
+from foveate.inference.checkpoint import load
 from foveate.inference.posterior import Posterior
 
 THREADS = ["--threads", "1"]
@@ -262,7 +263,10 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
         rows = list(csv.DictReader(table))
     assert [Path(row["file"]).name for row in rows] == [f"orl_test_0000{i}.png" for i in (1, 0, 2)]
     posterior = Posterior.load(out / "posterior.nc")
-    for row, gaze in zip(rows, posterior.mean_gaze.tolist(), strict=True):
+    factor = load(run).config["coverage_factor"]
+    sds = factor * posterior.sd[:, :3]
+    for row, gaze, sd in zip(rows, posterior.mean_gaze.tolist(), sds.tolist(), strict=True):
+        assert [float(row[k]) for k in ("sd_x", "sd_y", "sd_size")] == pytest.approx(sd, abs=1e-6)
         # Six decimals are written.
         assert [float(row[k]) for k in ("a", "b", "tx", "ty")] == pytest.approx(gaze, abs=1e-6)
         assert float(row["width"]) == pytest.approx(24 * math.hypot(gaze[0], gaze[1]), abs=1e-6)
