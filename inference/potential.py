@@ -169,6 +169,14 @@ class OddsScore:
             energy = energy - self.person.log_ratio(patch, _aligned(self.person.of_v, patch.shape[:-2]))
         return energy
 
+    def energy_of_many(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
+        """Energies without derivatives: compiled on the CPU, in half the time."""
+        if self.person is not None or patch.device.type != "cpu":
+            return self.energy(patch).detach()
+        rows = patch.detach().reshape(-1, _POINTS)
+        energy, _ = self.energy_and_slope(rows, tuple(patch.shape[:-2]), torch.arange(len(rows)))
+        return energy.reshape(patch.shape[:-2])
+
     def energy_and_slope(
         self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
     ) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:

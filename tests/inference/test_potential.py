@@ -118,6 +118,14 @@ def test_energy_and_gradient_equal_the_definition_and_autograd(name, prior):
     assert torch.allclose(gradient[inside], slope[inside], rtol=1e-10, atol=1e-10 * float(slope[inside].abs().max()))
 
 
+@pytest.mark.parametrize("name", [name for name, score in scores().items() if isinstance(score, OddsScore)])
+def test_energies_of_many_patches_are_the_definition(name):
+    score = scores()[name]
+    patch = torch.rand(3, 5, 24, 24, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    # Rounding of 576 terms in double precision.
+    torch.testing.assert_close(score.energy_of_many(patch), score.energy(patch), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("oversampling", [None, 2.0])
 def test_single_precision_comes_close_to_double(oversampling):
     z = coordinates(spread=0.3)[:, :1].expand(3, 5, 4)
