@@ -39,7 +39,7 @@ HELD_OUT, MOST_HELD_OUT = 0.12, 60
 # Scenes that are worked on together while calibrating, and the fewest from which sds are estimated.
 BATCH, FEWEST_TO_CALIBRATE = 16, 8
 # What the model's variant is chosen among; without the guide as a prior, as many nats lower are as good.
-NOISES, TEMPERATURES, PREFERENCE = (0.5, 1.0, 2.0), tuple(2.0**k for k in range(9)), 0.05
+NOISES, TEMPERATURES, PREFERENCE = (0.125, 0.25, 0.5, 1.0), tuple(2.0**k for k in range(9)), 0.05
 # Windows that show the object in part: sds about it (canonical pixels; log-scale and radians), and their IoU.
 NEAR_MISS, PARTLY = (5.0, 0.25), (0.2, 0.7)
 WORST, CALIBRATION_POINTS = -25.0, 512
