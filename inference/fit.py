@@ -26,7 +26,16 @@ from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
-__all__ = ["LabelledScenes", "ScenePictures", "calibrate", "crops_of", "fit", "gaze_prior_options", "person_numbers"]
+__all__ = [
+    "LabelledScenes",
+    "ScenePictures",
+    "calibrate",
+    "crops_of",
+    "fit",
+    "gaze_prior_options",
+    "person_numbers",
+    "weigh_evidence",
+]
 
 # Stage, steps done, steps in all, and a figure to watch (the loss, or the bound in nats).
 Progress = Callable[[str, int, int, float], None]
@@ -283,19 +292,37 @@ def calibrate(
     figures = _choose_variant(model, guide, pyramids, near, true)
 
     found = [search(model, guide, p, modes=6) for p in pyramids]
+    return (
+        figures
+        | weigh_evidence(guide, found, true)
+        | {"log_sd_offset": [round(float(w), 4) for w in guide.log_sd_offset]}
+    )
+
+
+def weigh_evidence(
+    guide: GazeGuide, found: Sequence[Candidates], truth: Sequence[Float[Tensor, "scene 4"]]
+) -> dict[str, Any]:
+    """Fit the weights of the evidence for a mode, in place, to the modes found in scenes whose gazes are known.
+
+    Args:
+        guide: whose weights they are.
+        found: modes of batches of scenes.
+        truth: the gazes, batch by batch.
+
+    Returns:
+        The weights, and how often the heaviest mode is right in these scenes: by all evidence, and by the odds alone.
+    """
     features, log_weight = torch.cat([f.features for f in found]), torch.cat([f.log_weight for f in found])
-    overlap = torch.cat([gazes.overlap(f.gaze, t[:, None]) for f, t in zip(found, true, strict=True)])
+    overlap = torch.cat([gazes.overlap(f.gaze, t[:, None]) for f, t in zip(found, truth, strict=True)])
     valid = torch.isfinite(log_weight)
     guide.evidence.copy_(_evidence_weights(features, overlap > 0.5, valid))
     score = (features.nan_to_num(neginf=-1e30) * guide.evidence[:3].double()).sum(-1)
+    figures: dict[str, Any] = {"evidence": [round(float(w), 6) for w in guide.evidence]}
     for name, by in (("", score), ("_odds_alone", features[..., 0])):
         chosen = torch.where(valid, by, -math.inf).argmax(-1)
         right = overlap[torch.arange(len(overlap)), chosen] > 0.5
         figures[f"validation_accuracy{name}"] = float(right.double().mean())
-    return figures | {
-        "evidence": [round(float(w), 6) for w in guide.evidence],
-        "log_sd_offset": [round(float(w), 4) for w in guide.log_sd_offset],
-    }
+    return figures
 
 
 def _nearest(found: Candidates, truth: Tensor) -> tuple[Tensor, Tensor]:

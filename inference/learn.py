@@ -2,7 +2,8 @@
 
 E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
 where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
-prior, clutter model and the prior over gazes are trained on what was found.
+prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
+anew.
 
 Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
 that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
@@ -31,7 +32,14 @@ from torch import Tensor
 
 from foveate.inference.attend import MERGE, SMALLEST, chain_starts, odds_score, search
 from foveate.inference.checkpoint import Run, atomic_file, load, save, write_json
-from foveate.inference.fit import Progress, ScenePictures, coarse_pyramid, fit_clutter, gaze_prior_options
+from foveate.inference.fit import (
+    Progress,
+    ScenePictures,
+    coarse_pyramid,
+    fit_clutter,
+    gaze_prior_options,
+    weigh_evidence,
+)
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, stream_keys
@@ -283,8 +291,7 @@ def _attended(
         ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and at some draws; and
         what the next round's chains carry.
     """
-    device = run.model.dbn.core.mean.device
-    pyramid = Pyramid.build([p.to(device) for p in pictures], oversampling=2.0, smallest=SMALLEST)
+    pyramid = _pyramid(run, pictures)
     found = search(run.model, run.guide, pyramid)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
     chart = gazes.LocalChart(base[:, None])
@@ -389,13 +396,38 @@ def _maximisation(
         validation = density_coordinates(held.read("crops")[:, 0])
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        return following
+        return _weighed(Run(model, following.guide.to(device).eval(), following.config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
     # The rates are the bootstrap's, see `train_glance` and `train_looks`.
     _stage(place / "glance", lambda: guided("glance", train_glance, start, 3e-3, 3), device)
     _stage(place / "look", lambda: guided("look", train_looks, place / "glance", 2e-3, 4), device)
     return _stage(place / "run", believe, device)
+
+
+@torch.no_grad()
+def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
+    """The run with the evidence for a mode weighed anew, in place.
+
+    In scenes held out, drawn with the certainty of the round before, what was found then counts as the truth: the run
+    that found it is not the one whose modes are weighed, and neither has learned from these scenes.
+    """
+    chosen = _chosen(_certainty(held, None), plan.generator(number, 8))
+    if len(chosen) < FEWEST:
+        return run
+    gaze = held.read("gaze", chosen)
+    found, truth = [], []
+    for begin in range(0, len(chosen), PART):
+        rows = [held.scenes[i] for i in chosen[begin : begin + PART].tolist()]
+        found.append(search(run.model, run.guide, _pyramid(run, plan.scenes.pictures(rows)), modes=6))
+        truth.append(gaze[begin : begin + PART].to(found[-1].gaze))
+    figures = weigh_evidence(run.guide, found, truth)
+    return Run(run.model, run.guide, run.config | {"evidence": figures["evidence"]})
+
+
+def _pyramid(run: Run, pictures: list[Tensor]) -> Pyramid:
+    device = run.model.dbn.core.mean.device
+    return Pyramid.build([p.to(device) for p in pictures], oversampling=2.0, smallest=SMALLEST)
 
 
 def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], number: int) -> GuideData:

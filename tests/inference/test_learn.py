@@ -63,7 +63,7 @@ def quick_net(crops: Tensor, **options: Any) -> DeepBeliefNet:
     return dbn
 
 
-def quick_search(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid) -> Candidates:
+def quick_search(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, modes: int = 4) -> Candidates:
     """In place of `search`: one mode near the middle, where the guide's weights say, and as sure as its evidence."""
     size = pyramid.size.double()
     bias = guide.glance.head.bias.detach().double()
