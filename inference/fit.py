@@ -299,15 +299,13 @@ def calibrate(
     )
 
 
-def weigh_evidence(
-    guide: GazeGuide, found: Sequence[Candidates], truth: Sequence[Float[Tensor, "scene 4"]]
-) -> dict[str, Any]:
+def weigh_evidence(guide: GazeGuide, found: Sequence[Candidates], truth: Sequence[Tensor]) -> dict[str, Any]:
     """Fit the weights of the evidence for a mode, in place, to the modes found in scenes whose gazes are known.
 
     Args:
         guide: whose weights they are.
         found: modes of batches of scenes.
-        truth: the gazes, batch by batch.
+        truth: the gazes, ``(scene, 4)`` batch by batch.
 
     Returns:
         The weights, and how often the heaviest mode is right in these scenes: by all evidence, and by the odds alone.

@@ -85,6 +85,12 @@ def quick_training(guide: GazeGuide, data: Any, *, seed: int, progress: Any, **o
     return 0.0
 
 
+def quick_weighing(guide: GazeGuide, found: list[Candidates], truth: list[Tensor]) -> dict[str, Any]:
+    """In place of `weigh_evidence`: as sure as before, and a weight that depends on all that weighing is given."""
+    guide.evidence[1] += sum(float(t.mean()) for t in truth) / 1000
+    return {"evidence": guide.evidence.tolist()}
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that takes long made short; a run that has learned nothing takes every scene and every round."""
@@ -93,6 +99,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "search", quick_search)
     monkeypatch.setattr(learning, "train_glance", quick_training)
     monkeypatch.setattr(learning, "train_looks", quick_training)
+    monkeypatch.setattr(learning, "weigh_evidence", quick_weighing)
     monkeypatch.setattr(learning, "PART", 16)
     monkeypatch.setattr(learning, "DRAWS", 3)
     monkeypatch.setattr(learning, "WARMUP", 2)
@@ -254,6 +261,34 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path:
         learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True, seed=1)
     with pytest.raises(InputError, match="scenes, names"):
         learn(small_run(), soft_scenes(31), checkpoint=folder, resume=True)
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_evidence_is_weighed_by_what_the_round_before_was_sure_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certain: bool
+) -> None:
+    """Of two modes the odds know which one was found before, the recognition says the opposite."""
+    scenes, run = soft_scenes(20), small_run()
+    run.guide.evidence.copy_(torch.tensor([0.05, 1.0, 0.4, 0.0]))
+    gaze = torch.tensor([[0.6, 0.0, 20.0, 20.0]] * 20).double()
+    held = _written(tmp_path / "held", gaze, torch.full((20,), float(certain)).double())
+
+    def two_modes(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, modes: int) -> Candidates:
+        n = len(pyramid)
+        at = torch.stack([gaze[:n], gaze[:n] + torch.tensor([0.0, 0.0, 15.0, 0.0])], 1)
+        features = torch.tensor([[2.0, -1.0, 0.0], [-2.0, 1.0, 0.0]]).double().expand(n, 2, 3)
+        return Candidates(at, torch.ones(n, 2, 4).double(), features, torch.zeros(n, 2).double(), at)
+
+    monkeypatch.setattr(learning, "search", two_modes)
+    plan = learning._Plan(scenes, None, 0, QUICK, lambda stage, done, total, figure: None)
+    before = run.guide.evidence.clone()
+    after = learning._weighed(run, plan, held, 1).guide.evidence
+    if not certain:
+        assert torch.equal(after, before)
+        return
+    assert after[0] > before[0] and after[1] < before[1]
+    # The mode that was found before has the greater weight now.
+    assert 4 * after[0] - 2 * after[1] > 0 > 4 * before[0] - 2 * before[1]
 
 
 @pytest.mark.usefixtures("quick")
