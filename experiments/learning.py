@@ -35,7 +35,7 @@ class LearningBudget:
         dbn_steps: of the deep belief network, in each round at most.
     """
 
-    rounds: int = 3
+    rounds: int = 4
     glance_steps: int = 1000
     look_steps: int = 800
     dbn_steps: int = 1200

@@ -7,9 +7,7 @@ anew.
 
 Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
 that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
-where it has changed its mind, teaches little; nothing is cut off for good. (On WebFaces, from a start that found two
-thirds of the faces, the scenes drawn so were right in 95 % in the first round and in 96 % in the second; drawn with the
-plain probability, they would have been right in 88 % in the second.)
+where it has changed its mind, teaches little; nothing is cut off for good.
 
 Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
 was sure of in them has drifted; one that is less sure of them than the start was has learned its own scenes by heart.
@@ -116,7 +114,7 @@ def learn(
     scenes: UnlabelledPictures,
     clutter: ScenePictures | None = None,
     *,
-    rounds: int = 3,
+    rounds: int = 4,
     glance_steps: int = 1000,
     look_steps: int = 800,
     dbn_steps: int = 1200,
