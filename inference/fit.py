@@ -21,7 +21,7 @@ from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.density import choose_elliptical
-from foveate.model.edges import EdgeOdds
+from foveate.model.edges import CHUNK, EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, extract
@@ -266,7 +266,7 @@ def fit_clutter(
     assert clutter is not None
     by_pixels, by_edges = (
         [float((pixels.log_prob(part) - clutter.log_prob(part)).mean()) for part in (of_object, y)],
-        [float(edges.log_odds(part).mean()) for part in (of_object, y)],
+        [float(torch.cat([edges.log_odds(some) for some in part.split(CHUNK)]).mean()) for part in (of_object, y)],
     )
     scale = max(0.0, by_pixels[0] - by_pixels[1]) / (by_edges[0] - by_edges[1])
     model.edges = EdgeOdds(scale * edges.direction, scale * edges.offset, weight)

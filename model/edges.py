@@ -30,7 +30,7 @@ from foveate.model.errors import InputError
 from foveate.model.identity import edges
 from foveate.model.patch import from_density_coordinates
 
-__all__ = ["EdgeOdds"]
+__all__ = ["CHUNK", "EdgeOdds"]
 
 # Added to the covariance of the features, as a share of the mean variance under clutter.
 FLOOR = 0.03
@@ -92,6 +92,10 @@ class EdgeOdds(nn.Module):
 
 @torch.no_grad()
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the features, float64."""
-    features = torch.cat([edges(from_density_coordinates(part)) for part in y.split(CHUNK)]).double()
-    return features.mean(0), torch.cov(features.T)
+    """Mean and covariance of the features, float64, a chunk at a time: features are twice as large as patches."""
+    total, products = 0.0, 0.0
+    for part in y.split(CHUNK):
+        features = edges(from_density_coordinates(part)).double()
+        total, products = total + features.sum(0), products + features.T @ features
+    mean = torch.as_tensor(total) / len(y)
+    return mean, (torch.as_tensor(products) - len(y) * torch.outer(mean, mean)) / (len(y) - 1)
