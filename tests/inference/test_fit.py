@@ -82,8 +82,8 @@ def test_with_too_few_people_to_hold_one_out_single_scenes_are(people: list[str]
 
 
 def test_people_are_numbered_and_strangers_are_people_of_their_own() -> None:
-    assert fitting._numbered(None) is None
-    number = fitting._numbered(["a", None, "b", "a", None])
+    assert fitting.person_numbers(None) is None
+    number = fitting.person_numbers(["a", None, "b", "a", None])
     assert number is not None and number[0] == number[3] and len(number.unique()) == 4
 
 
