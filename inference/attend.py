@@ -199,7 +199,7 @@ def integrated_odds(
     """
     points = mode_points(gaze, sd)
     flat = points.gaze.reshape(len(pyramid), -1, 4)
-    energy = odds_score(model, canonical).energy_of_many(pyramid.extract(flat).detach())
+    energy = odds_score(model, canonical).energy_of_many(pyramid.extract(flat))
     log_odds = -energy.double().reshape(points.log_q.shape)
     size = pyramid.size.double()[:, None, None]
     log_p = model.prior(size).log_prob(points.gaze) + points.log_det + log_odds

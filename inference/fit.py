@@ -309,6 +309,8 @@ def weigh_evidence(guide: GazeGuide, found: Sequence[Candidates], truth: Sequenc
 
     Returns:
         The weights, and how often the heaviest mode is right in these scenes: by all evidence, and by the odds alone.
+
+    Convention: gazes in scene pixels, `foveate.model.gaze`; a mode is right where its IoU with the truth is above 0.5.
     """
     features, log_weight = torch.cat([f.features for f in found]), torch.cat([f.log_weight for f in found])
     overlap = torch.cat([gazes.overlap(f.gaze, t[:, None]) for f, t in zip(found, truth, strict=True)])
@@ -478,7 +480,7 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
 
 
 def person_numbers(people: Sequence[str | None] | None) -> Tensor | None:
-    """People as numbers; a scene whose person is not known counts as a person of its own."""
+    """People as numbers from 0, ``(scene,)``; a scene whose person is not known counts as a person of its own."""
     if people is None:
         return None
     number: dict[str, int] = {}

@@ -170,7 +170,7 @@ class OddsScore:
         return energy
 
     def energy_of_many(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
-        """Energies without derivatives: compiled on the CPU, in half the time."""
+        """Energies without derivatives, nats: compiled on the CPU where no person is asked for; not differentiable."""
         if self.person is not None or patch.device.type != "cpu":
             return self.energy(patch).detach()
         rows = patch.detach().reshape(-1, _POINTS)
