@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 
 from foveate.inference.ais import exact_log_z
+from foveate.model import dbn as dbn_module
 from foveate.model.dbn import (
     CanonicalGivenHidden,
     DeepBeliefNet,
@@ -167,6 +168,25 @@ def test_gibbs_of_the_canonical_image_keeps_the_posterior_of_the_layer(kind: str
         difference = (statistic(updated) - statistic(y)).mean(0)
         spread = (statistic(updated) - statistic(y)).std(0) / math.sqrt(len(y))
         assert bool((difference.abs() < 4.5 * spread).all())
+
+
+@pytest.mark.parametrize("most", [0, 200], ids=["direct", "conjugate gradients"])
+def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one solution at a time; the error is in the norm of each matrix, which is what is promised."""
+    monkeypatch.setattr(dbn_module, "MOST_ITERATIONS", most)
+    generator = torch.Generator().manual_seed(3)
+    factor = torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    common = factor.T @ torch.diag(torch.logspace(-3, 3, 40).double()) @ factor
+    diagonal = torch.exp(2 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
+    right = 10 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64)
+    found = dbn_module._solve(common, diagonal, right)
+    for at in itertools.product(range(2), range(5)):
+        matrix = common + torch.diag(diagonal[at])
+        away = found[at] - torch.linalg.solve(matrix, right[at])
+        # Preconditioned, the error is measured in a norm that differs by the spread of the diagonals: e^(2 · 3).
+        assert float(away @ matrix @ away) ** 0.5 < 20 * dbn_module.SOLVED
 
 
 def test_the_papers_update_of_the_canonical_image_is_the_mean_of_patch_and_prediction() -> None:
