@@ -49,7 +49,7 @@ class Pyramid:
     """Blurred levels of one or more scenes of any sizes, packed into one flat buffer so that one gather reads them all.
 
     Attributes:
-        texels: ``(total,)`` all levels of all scenes, row-major, one after the other.
+        texels: ``(total,)`` all levels of all scenes, row-major, one after the other; signed bytes where `in_bytes`.
         offset: ``(scene, level)`` where a level begins in `texels`.
         rows, columns: ``(scene, level)`` size of a level in its own samples.
         stride: ``(scene, level)`` scene pixels from one sample to the next; sample j lies at scene pixel ``j ·
@@ -142,6 +142,14 @@ class Pyramid:
         ]
         return Pyramid(self.texels.to(device=device, dtype=dtype), *tables)
 
+    def in_bytes(self) -> "Pyramid":
+        """The same pyramid in a quarter of the memory: a byte a texel, as coarse as the photographs it is made of.
+
+        Texels t stand for intensities (t + 128) / 255; patches are float32 and as far off as half a 255th.
+        """
+        texels = (self.texels.clamp(0, 1) * 255).round() - 128
+        return Pyramid(texels.to(torch.int8), self.offset, self.rows, self.columns, self.stride, self.size)
+
     def extract(
         self,
         gaze: Float[Tensor, "*batch 4"],
@@ -178,12 +186,14 @@ class Pyramid:
             patches = self._extract_fused(flat.reshape(-1, 4), rows, shape, extent)
         else:
             patches = self._extract_plain(flat.reshape(-1, 4), rows, shape, extent)
+        if not self.texels.is_floating_point():
+            patches = (patches + 128) / 255
         return patches.reshape(*gaze.shape[:-1], *shape)
 
     def _extract_plain(self, gaze: Tensor, scene: Tensor, size: tuple[int, int], extent: float) -> Tensor:
         """The differentiable reference, for any device: ``(n, 4), (n,) -> (n, rows · columns)``."""
         # What is infinite becomes NaN: at infinity there is no picture, not even its replicated edge.
-        gaze = gaze.to(self.texels.dtype) + 0 * gaze.detach().to(self.texels.dtype)
+        gaze = gaze.to(self._dtype) + 0 * gaze.detach().to(self._dtype)
         points = gazes.lattice(size, extent, gaze.dtype, gaze.device).reshape(-1, 2)
         at = gazes.apply(gaze[:, None, :], points)
         step = gazes.CANONICAL_SIZE * extent / size[1]
@@ -238,7 +248,12 @@ class Pyramid:
             out,
             least=max(1, _POINTS_PER_THREAD // (size[0] * size[1])),
         )
-        return torch.from_numpy(out).to(self.texels.dtype)
+        return torch.from_numpy(out).to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of patches: the texels' own, float32 for bytes."""
+        return self.texels.dtype if self.texels.is_floating_point() else torch.float32
 
 
 def extract(

@@ -332,6 +332,20 @@ def test_one_picture_a_stack_and_a_list_are_all_pictures() -> None:
     assert extract(one, at[0]).shape == (24, 24)
 
 
+def test_a_pyramid_in_bytes_reads_alike_by_both_paths_in_a_quarter_of_the_memory() -> None:
+    pictures = [torch.rand(40, 50, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    pyramid = Pyramid.build(pictures)
+    small = pyramid.in_bytes()
+    gaze = gazes.from_parts(torch.rand(2, 30, 2).double() * 40, torch.linspace(0.5, 2.0, 30).double().expand(2, 30), torch.tensor(0.3).double())
+    expected, found = pyramid.extract(gaze), small.extract(gaze)
+    assert found.dtype == torch.float32
+    # A texel is off by half of a 255th at most, and a patch's value is a weighted mean of texels.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.5 / 255 + 1e-5)
+    assert float((found - expected).abs().mean()) > 1e-4
+    torch.testing.assert_close(small.extract(gaze.requires_grad_()).detach(), found, rtol=0, atol=2e-5)
+    assert 4 * small.texels.numpy().nbytes == pyramid.texels.numpy().nbytes
+
+
 def test_a_pyramid_changes_its_dtype_and_keeps_its_tables() -> None:
     pyramid = Pyramid.build(pictures()).to(dtype=torch.float32)
     at = torch.stack([gazes_of_every_kind(s)[:5] for s in SIZES])
