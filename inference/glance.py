@@ -162,7 +162,7 @@ def propose(glance: Glance, pyramid: Pyramid, count: int = 12, scales: Sequence[
     """
     glance.eval()
     kept_gaze, kept_logit = [], []
-    device, dtype = pyramid.texels.device, pyramid.texels.dtype
+    device, dtype = pyramid.texels.device, pyramid.dtype
     for i in range(len(pyramid)):
         height, width = (int(v) for v in pyramid.size[i])
         found_gaze, found_logit = [], []
@@ -175,7 +175,7 @@ def propose(glance: Glance, pyramid: Pyramid, count: int = 12, scales: Sequence[
             view = torch.tensor([scale, 0.0, (width - 1) / 2, (height - 1) / 2], dtype=torch.float64, device=device)
             extent = columns * VIEW_STEP / gazes.CANONICAL_SIZE
             seen = pyramid[i].extract(view[None, None], (rows, columns), extent)[0]
-            output = glance(seen.to(glance.head.weight))[0].to(pyramid.texels)
+            output = glance(seen.to(glance.head.weight))[0].to(device, dtype)
             cells = cell_centres(rows // CELL, columns // CELL, torch.float64, device).reshape(-1, 2)
             flat = output.reshape(5, -1)
             keep = flat[0].topk(min(32, flat.shape[1])).indices

@@ -56,8 +56,8 @@ PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
 # Draws whose patches are kept beside the one at the posterior mean.
 KEPT_DRAWS = 5
-# An M-step reads at most so many texels of scenes (4 bytes each, held twice), whatever their number and size.
-MOST_TEXELS = 220_000_000
+# An M-step reads at most so many texels of scenes (a byte each, held twice), whatever their number and size.
+MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
 MOST_CLUTTER = 200
 # Fewer scenes teach nothing; as for the bootstrap.
@@ -435,7 +435,7 @@ def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], numb
     parts: list[Pyramid] = []
     texels = 0
     for row in order.tolist():
-        parts.append(coarse_pyramid(plan.scenes, [found.scenes[row]]))
+        parts.append(coarse_pyramid(plan.scenes, [found.scenes[row]]).in_bytes())
         texels += parts[-1].texels.numel()
         plan.report(f"reading, round {number}", len(parts), len(order), 0.0)
         if texels > MOST_TEXELS:
@@ -444,7 +444,7 @@ def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], numb
     clutter = None
     if plan.clutter is not None:
         some = torch.randperm(len(plan.clutter), generator=generator)[:MOST_CLUTTER].sort().values
-        clutter = coarse_pyramid(plan.clutter, some.tolist())
+        clutter = coarse_pyramid(plan.clutter, some.tolist()).in_bytes()
     pyramid = Pyramid.concatenate(parts)[place]
     return GuideData(pyramid, found.read("gaze", rows), found.read("crops", rows)[:, 0], clutter)
 

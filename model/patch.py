@@ -114,7 +114,13 @@ class Pyramid:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Pyramid"]) -> "Pyramid":
-        """The scenes of several pyramids, one after the other, in one buffer."""
+        """The scenes of several pyramids, one after the other, in one buffer.
+
+        Raises:
+            InputError: for pyramids in bytes beside others.
+        """
+        if len({p.texels.is_floating_point() for p in parts}) > 1:
+            raise InputError("some of these pyramids are in bytes and some are not: bring all to one form first")
         lengths = torch.tensor([0] + [p.texels.numel() for p in parts[:-1]]).cumsum(0)
         shifted = [p.offset + begin for p, begin in zip(parts, lengths.to(parts[0].offset.device), strict=True)]
         tables = [torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "columns", "stride", "size")]
@@ -122,6 +128,11 @@ class Pyramid:
 
     def __len__(self) -> int:
         return self.size.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of patches: the texels' own, float32 for bytes."""
+        return self.texels.dtype if self.texels.is_floating_point() else torch.float32
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> "Pyramid":
         """The scenes of `index`, sharing this pyramid's texels."""
@@ -140,12 +151,16 @@ class Pyramid:
             t.to(device) if device is not None else t
             for t in (self.offset, self.rows, self.columns, self.stride, self.size)
         ]
-        return Pyramid(self.texels.to(device=device, dtype=dtype), *tables)
+        texels = self.texels
+        if dtype is not None and dtype.is_floating_point and not texels.is_floating_point():
+            texels = (texels.to(dtype) + 128) / 255
+        return Pyramid(texels.to(device=device, dtype=dtype), *tables)
 
     def in_bytes(self) -> "Pyramid":
         """The same pyramid in a quarter of the memory: a byte a texel, as coarse as the photographs it is made of.
 
-        Texels t stand for intensities (t + 128) / 255; patches are float32 and as far off as half a 255th.
+        Texels t stand for intensities (t + 128) / 255; patches are float32 and at most half a 255th off. `to` with a
+        floating-point dtype leads back.
         """
         texels = (self.texels.clamp(0, 1) * 255).round() - 128
         return Pyramid(texels.to(torch.int8), self.offset, self.rows, self.columns, self.stride, self.size)
@@ -193,7 +208,7 @@ class Pyramid:
     def _extract_plain(self, gaze: Tensor, scene: Tensor, size: tuple[int, int], extent: float) -> Tensor:
         """The differentiable reference, for any device: ``(n, 4), (n,) -> (n, rows · columns)``."""
         # What is infinite becomes NaN: at infinity there is no picture, not even its replicated edge.
-        gaze = gaze.to(self._dtype) + 0 * gaze.detach().to(self._dtype)
+        gaze = gaze.to(self.dtype) + 0 * gaze.detach().to(self.dtype)
         points = gazes.lattice(size, extent, gaze.dtype, gaze.device).reshape(-1, 2)
         at = gazes.apply(gaze[:, None, :], points)
         step = gazes.CANONICAL_SIZE * extent / size[1]
@@ -248,12 +263,7 @@ class Pyramid:
             out,
             least=max(1, _POINTS_PER_THREAD // (size[0] * size[1])),
         )
-        return torch.from_numpy(out).to(self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of patches: the texels' own, float32 for bytes."""
-        return self.texels.dtype if self.texels.is_floating_point() else torch.float32
+        return torch.from_numpy(out).to(self.dtype)
 
 
 def extract(

@@ -344,6 +344,9 @@ def test_a_pyramid_in_bytes_reads_alike_by_both_paths_in_a_quarter_of_the_memory
     assert float((found - expected).abs().mean()) > 1e-4
     torch.testing.assert_close(small.extract(gaze.requires_grad_()).detach(), found, rtol=0, atol=2e-5)
     assert 4 * small.texels.numpy().nbytes == pyramid.texels.numpy().nbytes
+    torch.testing.assert_close(small.to(dtype=torch.float32).extract(gaze.detach()), found, rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match="in bytes"):
+        Pyramid.concatenate([pyramid, small])
 
 
 def test_a_pyramid_changes_its_dtype_and_keeps_its_tables() -> None:
