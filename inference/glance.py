@@ -74,7 +74,15 @@ class Glance(nn.Module):
             self.head.bias[0] = -4.6
 
     def forward(self, views: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n 5 cell_rows cell_columns"]:
-        return self.head(self.features(local_contrast(views)))
+        return self.head(self.see(views))
+
+    def see(self, views: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n channels cell_rows cell_columns"]:
+        """The features of views: ``(n, 3 width, rows / 4, columns / 4)``."""
+        contrast = local_contrast(views)
+        if not self.training:
+            # With a pixel's channels side by side CPUs convolve a fifth to a third faster; training gains nothing.
+            contrast = contrast.contiguous(memory_format=torch.channels_last)
+        return self.features(contrast)
 
 
 def feature_layers(width: int) -> nn.Sequential:

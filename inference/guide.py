@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pyro.distributions import Independent, Normal
 from torch import Tensor, nn
 
-from foveate.inference.glance import Glance, cell_centres, local_contrast
+from foveate.inference.glance import Glance, cell_centres
 from foveate.model import gaze as gazes
 from foveate.model.patch import Pyramid, normalise
 
@@ -89,7 +89,7 @@ class GazeGuide(nn.Module):
     def forward(self, window: Float[Tensor, "n 48 48"], canonical: Float[Tensor, "n 24 24"]) -> GazeChange:
         # No gradient to the features: looks see far fewer windows than glances see cells, and would overfit them.
         with torch.no_grad():
-            features = self.glance.features(local_contrast(window))
+            features = self.glance.see(window)
         gain, offset = self.canonical(normalise(canonical)[:, None]).chunk(2, -1)
         features = features * (1 + gain[..., None, None]) + offset[..., None, None]
         output = self.votes(features)
