@@ -35,7 +35,7 @@ class LearningBudget:
         dbn_steps: of the deep belief network, in each round at most.
     """
 
-    rounds: int = 5
+    rounds: int = 4
     glance_steps: int = 1500
     look_steps: int = 800
     dbn_steps: int = 1200

@@ -114,7 +114,7 @@ def learn(
     scenes: UnlabelledPictures,
     clutter: ScenePictures | None = None,
     *,
-    rounds: int = 5,
+    rounds: int = 4,
     glance_steps: int = 1500,
     look_steps: int = 800,
     dbn_steps: int = 1200,
