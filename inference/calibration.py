@@ -77,27 +77,20 @@ def reach(
     return distance(of_truth - middle)[:, 0] / distance(centred).quantile(level, -1)
 
 
-def coverage_factor(
-    reached: Float[Tensor, " scene"], found: Bool[Tensor, " scene"] | None = None, level: float = LEVEL
-) -> float:
+def coverage_factor(reached: Float[Tensor, " scene"], level: float = LEVEL) -> float:
     """The factor on the posterior sds with which the region of `level` holds the truth of that share of scenes.
 
     The conformal quantile, number ⌈(n + 1) level⌉ of n in order: the next scene of the same kind is covered with at
-    least that probability, however wrong the model is (Vovk et al. 2005). No region of one mode holds an object that
-    was not found, so where so many were missed that the quantile falls among those, the factor is the largest of the
-    scenes found; 1 where none was.
+    least that probability, however wrong the model is (Vovk et al. 2005). 1 where there is no scene.
 
     Args:
         reached: of `reach`, on scenes that nothing was trained on.
-        found: which of these scenes' objects were found; all by default.
         level: the share of scenes to be covered.
     """
-    known = torch.ones_like(reached, dtype=torch.bool) if found is None else found
-    if not bool(known.any()):
+    if len(reached) == 0:
         return 1.0
-    ordered = torch.where(known, reached, math.inf).sort().values
-    rank = min(len(ordered), math.ceil((len(ordered) + 1) * level))
-    return float(ordered[rank - 1].clamp(max=reached[known].max()))
+    rank = min(len(reached), math.ceil((len(reached) + 1) * level))
+    return float(reached.sort().values[rank - 1])
 
 
 def calibrated_factor(
@@ -109,6 +102,9 @@ def calibrated_factor(
     seed: int = 0,
 ) -> float:
     """`coverage_factor` of a model and its guide on scenes that nothing was trained on, with no initial gaze.
+
+    Only scenes whose object was found count. The region is one mode's, and whether it is the object's mode is what
+    weights and presence say: a region that had to make up for a few missed objects would be as wide as chance has it.
 
     Args:
         model: samples gazes.
@@ -124,7 +120,7 @@ def calibrated_factor(
         posterior = attend(model, guide, scenes.pictures(part.tolist()), chains=2, draws=100, warmup=50, seed=seed)
         reached.append(reach(posterior.gaze, true))
         found.append(gazes.overlap(posterior.mean_gaze, true.double()) > 0.5)
-    return coverage_factor(torch.cat(reached), torch.cat(found))
+    return coverage_factor(torch.cat(reached)[torch.cat(found)])
 
 
 def reliability(stated: Float[Tensor, " case"], happened: Bool[Tensor, " case"], bins: int = 10) -> Reliability:

@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
+from foveate.inference import calibration
 from foveate.inference.calibration import coverage_factor, reach, reliability
+from foveate.inference.guide import GazeGuide
 from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
+from foveate.model.density import EllipticalDensity
+from foveate.model.rbm import BernoulliRBM
 
 
 def _gazes_about(base: torch.Tensor, sd: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -59,13 +65,29 @@ def test_the_factor_is_the_conformal_quantile() -> None:
     assert coverage_factor(reached[:5]) == 19.0  # number ⌈6 · 0.9⌉ is beyond five: the largest
 
 
-def test_objects_that_were_missed_count_against_coverage_but_never_make_a_region_boundless() -> None:
-    reached = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 90.0])
-    found = reached < 50
-    assert coverage_factor(reached, found) == pytest.approx(1.3)
-    found[:3] = False
-    assert coverage_factor(reached, found) == pytest.approx(1.3)
-    assert coverage_factor(reached, torch.zeros(10, dtype=torch.bool)) == 1.0
+def test_without_any_scene_the_factor_is_one() -> None:
+    assert coverage_factor(torch.ones(0)) == 1.0
+
+
+def test_objects_that_were_missed_do_not_widen_the_region(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor) -> None:
+    """Draws half as wide as they should be, and a tenth of the scenes with the mode somewhere else."""
+    base = base[:400]
+    draws, truth = _gazes_about(base, 0.5 * SD, 2, 150), _gazes_about(base, SD)
+    draws[::10, ..., 2:] += 1e4
+
+    class Found:
+        def __init__(self, gaze: torch.Tensor):
+            self.gaze, self.mean_gaze = gaze, gaze.mean((1, 2))
+
+    class Pictures:
+        def pictures(self, rows: list[int]) -> list[int]:
+            return rows
+
+    monkeypatch.setattr(calibration, "attend", lambda model, guide, rows, **_: Found(draws[rows]))
+    blank = EllipticalDensity.blank(575)
+    model = AttentionModel(DeepBeliefNet(DiagonalLayer(2), BernoulliRBM(2, 2), blank), None)
+    factor = calibration.calibrated_factor(model, GazeGuide(4), Pictures(), torch.arange(400), truth)
+    assert factor == pytest.approx(2.0, rel=0.1)  # 4 standard errors of a quantile of 360 chi variables
 
 
 def test_chains_that_never_moved_cover_nothing_but_themselves() -> None:
