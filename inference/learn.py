@@ -3,7 +3,8 @@
 E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
 where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
 prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
-anew.
+anew. Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too, and none after it:
+a guide that was trained on draws would confirm itself in the next ones.
 
 Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
 that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,7 @@ from foveate.inference.fit import (
     gaze_prior_options,
     weigh_evidence,
 )
+from foveate.inference.guide import GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, stream_keys
@@ -45,6 +47,7 @@ from foveate.inference.posterior import picture_hash
 from foveate.inference.potential import GazePotential
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
 from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
@@ -388,19 +391,34 @@ def _maximisation(
         model = following.model.to(device)
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
+        config = _without_guide_prior(model, following.guide, following.config)
         model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
         fit_clutter(model, y, data(), plan.generator(number, 7))
         validation = density_coordinates(held.read("crops")[:, 0])
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        return _weighed(Run(model, following.guide.to(device).eval(), following.config), plan, held, number)
+        return _weighed(Run(model, following.guide.to(device).eval(), config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
     # The rates are the bootstrap's, see `train_glance` and `train_looks`.
     _stage(place / "glance", lambda: guided("glance", train_glance, start, 3e-3, 3), device)
     _stage(place / "look", lambda: guided("look", train_looks, place / "glance", 2e-3, 4), device)
     return _stage(place / "run", believe, device)
+
+
+@torch.no_grad()
+def _without_guide_prior(model: AttentionModel, guide: GazeGuide, config: dict[str, Any]) -> dict[str, Any]:
+    """Let the guide propose and no more, in place: with the noise and temperature that `fit` chose for that variant."""
+    if float(guide.prior_weight) == 0:
+        return config
+    guide.prior_weight.zero_()
+    variant = config.get("variants", {}).get("without_guide_prior")
+    if variant is not None:
+        model.temperature, model.noise = variant["temperature"], variant["noise"]
+        if model.edges is not None:
+            model.edges.weight.fill_(1 / model.temperature)
+    return config | {"guide_prior": False}
 
 
 @torch.no_grad()
