@@ -17,6 +17,7 @@ from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
 from foveate.inference.guide import GazeGuide
 from foveate.inference.learn import Monitor, learn
+from foveate.inference.potential import GazePotential
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
@@ -195,6 +196,28 @@ def test_a_round_that_is_less_sure_than_the_start_is_not_accepted(tmp_path: Path
     for name, following, accepted in (("less", presence - 0.01, False), ("more", presence + 0.01, True)):
         after = _written(tmp_path / name, gaze, following)
         assert learning._monitor(small_run(), 1, after, first, first, 30, 0.5).accepted is accepted
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_guide_is_a_prior_of_the_gaze_until_it_has_been_trained_on_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run()
+    run.guide.prior_weight.fill_(1.0)
+    run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
+    before = run.model.temperature
+    believed: list[bool] = []
+
+    class Watched(GazePotential):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            believed.append(self.belief is not None)
+
+    monkeypatch.setattr(learning, "GazePotential", Watched)
+    learned = learn(run, soft_scenes(40), **QUICK | {"rounds": 1})
+    # Twelve scenes held out are one part, twenty-eight others two: the start sees both, the round those held out again.
+    assert believed == [True, True, True, False]
+    assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
+    assert learned.config["guide_prior"] is False
+    assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
 
 @pytest.mark.usefixtures("quick")
