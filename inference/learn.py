@@ -3,8 +3,11 @@
 E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
 where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
 prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
-anew. Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too, and none after it:
-a guide that was trained on draws would confirm itself in the next ones.
+anew.
+
+Where the start takes its guide's belief as a prior of the gaze, every E-step does so, too: it holds the chains where
+the odds do not know the population yet. The run that comes out does not: by then they do, and a guide that was trained
+on draws would only confirm them.
 
 Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
 that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
@@ -246,7 +249,9 @@ def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) 
         if not monitor.accepted:
             break
         run, before, before_held = learned, found, after
-    return Run(run.model, run.guide, run.config | {"learning": [m._asdict() for m in monitors]})
+    kept = sum(monitor.accepted for monitor in monitors) > 1
+    config = _without_guide_prior(run.model, run.guide, run.config) if kept else run.config
+    return Run(run.model, run.guide, config | {"learning": [m._asdict() for m in monitors]})
 
 
 def _stage(place: Path, make: Callable[[], Run], device: torch.device) -> Run:
@@ -391,14 +396,13 @@ def _maximisation(
         model = following.model.to(device)
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
-        config = _without_guide_prior(model, following.guide, following.config)
         model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
         fit_clutter(model, y, data(), plan.generator(number, 7))
         validation = density_coordinates(held.read("crops")[:, 0])
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        return _weighed(Run(model, following.guide.to(device).eval(), config), plan, held, number)
+        return _weighed(Run(model, following.guide.to(device).eval(), following.config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
     # The rates are the bootstrap's, see `train_glance` and `train_looks`.
