@@ -249,8 +249,11 @@ def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) 
         if not monitor.accepted:
             break
         run, before, before_held = learned, found, after
-    kept = sum(monitor.accepted for monitor in monitors) > 1
-    config = _without_guide_prior(run.model, run.guide, run.config) if kept else run.config
+    config = run.config
+    if sum(monitor.accepted for monitor in monitors) > 1:
+        config = _without_guide_prior(run.model, run.guide, config)
+        # The factor on the sds was that of the start's posterior; scenes without labels know no other.
+        config = {name: value for name, value in config.items() if name != "coverage_factor"}
     return Run(run.model, run.guide, config | {"learning": [m._asdict() for m in monitors]})
 
 

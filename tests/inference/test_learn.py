@@ -203,6 +203,7 @@ def test_the_guide_is_a_prior_of_the_gaze_while_learning_and_not_afterwards(monk
     run = small_run()
     run.guide.prior_weight.fill_(1.0)
     run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
+    run.config["coverage_factor"] = 1.5
     before = run.model.temperature
     believed: list[bool] = []
 
@@ -216,6 +217,7 @@ def test_the_guide_is_a_prior_of_the_gaze_while_learning_and_not_afterwards(monk
     assert believed and all(believed)
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
     assert learned.config["guide_prior"] is False
+    assert "coverage_factor" not in learned.config
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
 
