@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from foveate.data import Scenes
+from foveate.experiments.conventions import convention_of, re_expressed, training_scenes
 from foveate.experiments.figures import EnergyPath, energy_paths_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
@@ -34,7 +35,6 @@ from foveate.inference.prior_training import train_dbn
 from foveate.model import AttentionModel, DeepBeliefNet
 from foveate.model import gaze as gazes
 from foveate.model.clutter import NoisyDensity
-from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
 
@@ -104,7 +104,7 @@ class Likelihood(Common):
             "variant": {
                 "noise": run.model.noise,
                 "temperature": run.model.temperature,
-                "edges": None if run.model.edges is None else float(run.model.edges.weight),
+                "edges": run.model.edges is not None,
                 "guide_prior": bool(run.guide.prior_weight > 0),
             },
             "data": {},
@@ -112,7 +112,7 @@ class Likelihood(Common):
         failures: list[tuple[float, EnergyPath]] = []
         for spec, part in scenes.items():
             announce(f"{spec}: bounds, {self.random} random gazes, search, {2 * len(LOOKS) + 1} times HMC")
-            results["data"][spec], posterior = self._report(run, part, empty, diagonal)
+            results["data"][spec], posterior = self._report(run, spec, part, empty, diagonal)
             failures += _failures(run.model, part, posterior)
         worst = [path for _, path in sorted(failures, key=lambda f: f[0])[:FAILURES]]
         results["failures"] = [_told(path) for path in worst]
@@ -144,14 +144,18 @@ class Likelihood(Common):
         ).to(self.torch_device)
 
     def _report(
-        self, run: Run, scenes: Scenes, empty: "Presence", diagonal: DeepBeliefNet | None
+        self, run: Run, spec: str, scenes: Scenes, empty: "Presence", diagonal: DeepBeliefNet | None
     ) -> tuple[dict[str, Any], Posterior]:
         """Every figure of one SPEC, and the posterior of its scenes with no initial gaze."""
         truth = scenes.gazes
         assert truth is not None
         model = run.model
         figures: dict[str, Any] = {"scenes": len(scenes), **_bounds(model, scenes, truth, diagonal)}
-        beaten = beats_random_gazes(model, scenes, self.random, self.seed)
+        train = training_scenes(spec, self.seed)
+        convention = None if train is None else convention_of(run, train, self.seed)
+        figures["label_convention"] = None if convention is None else convention.tolist()
+        again = None if convention is None else re_expressed(truth, convention)
+        beaten = beats_random_gazes(model, scenes, again, count=self.random, seed=self.seed)
         figures["beats_random"] = {name: float(wins.double().mean()) for name, wins in beaten.items()}
         figures["ranking"] = {
             "odds": _ranked(model, _odds_alone(run.guide), scenes, truth)[0],
@@ -168,9 +172,9 @@ class Likelihood(Common):
             for with_guide in (False, True):
                 variant = _variant(run, with_guide)
                 posterior = attend(variant.model, variant.guide, scenes, start=first, guide_steps=looks, **how_much)
-                figures["sampling"].append(_added(posterior, truth, variant, f"jitter, looks: {looks}"))
+                figures["sampling"].append(_added(posterior, truth, again, variant, f"jitter, looks: {looks}"))
         posterior = attend(model, run.guide, scenes, **how_much)
-        figures["sampling"].append(_added(posterior, truth, run, "whole scene"))
+        figures["sampling"].append(_added(posterior, truth, again, run, "whole scene"))
         return figures, posterior
 
 
@@ -204,14 +208,27 @@ def random_gazes(name: str, size: Float[Tensor, "2"], count: int, seed: int = 0)
 
 @torch.no_grad()
 def beats_random_gazes(
-    model: AttentionModel, scenes: Scenes, count: int = 2000, seed: int = 0
+    model: AttentionModel,
+    scenes: Scenes,
+    again: Float[Tensor, "scene 4"] | None = None,
+    *,
+    count: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Bool[Tensor, " scene"]]:
     """Whether the true gaze of each scene has higher odds than every random one, by several odds.
 
+    Args:
+        model: whose odds are asked.
+        scenes: with gazes.
+        again: the true gazes re-expressed in the model's convention, where that is known.
+        count: random gazes of each scene.
+        seed: of these.
+
     Returns:
         ``"odds"``: the model's own. ``"odds_elsewhere"``: the same among random gazes with an IoU below 0.5 with the
-        truth. ``"gaussian"``, ``"student_t"``: the baselines of the model in the object's place, seen through the same
-        noise, against the same clutter.
+        truth. ``"odds_re_expressed"``: the gazes of `again` in the truth's place, if given. ``"gaussian"``,
+        ``"student_t"``: the baselines of the model in the object's place, seen through the same noise, against the
+        same clutter.
     """
     truth = scenes.gazes
     assert truth is not None
@@ -225,6 +242,9 @@ def beats_random_gazes(
         )
         patch = pyramid.extract(tried[None].to(pyramid.texels.device))[0]
         odds = model.log_odds(patch)
+        if again is not None:
+            of_again = model.log_odds(pyramid.extract(again[i, None, None].to(pyramid.texels.device))[0, 0])
+            wins.setdefault("odds_re_expressed", []).append(bool((odds[1:] < of_again).all()))
         wins["odds"].append(bool((odds[1:] < odds[0]).all()))
         away = gazes.overlap(tried[1:], truth[i].double()).to(odds.device) < 0.5
         wins["odds_elsewhere"].append(bool((odds[1:][away] < odds[0]).all()))
@@ -321,26 +341,32 @@ def _variant(run: Run, with_guide: bool) -> Run:
     settings = run.config.get("variants", {}).get("with_guide_prior" if with_guide else "without_guide_prior", {})
     model.temperature = settings.get("temperature", run.model.temperature)
     model.noise = settings.get("noise", run.model.noise)
-    if model.edges is not None:
-        edges = model.edges
-        model.edges = EdgeOdds(edges.direction, edges.offset, 1 / model.temperature)
     return Run(model, guide, run.config)
 
 
-def _added(posterior: Posterior, truth: Tensor, run: Run, start: str) -> dict[str, Any]:
+def _added(posterior: Posterior, truth: Tensor, again: Tensor | None, run: Run, start: str) -> dict[str, Any]:
     """Mean IoU of the guide's end point, of the posterior mean, and of their difference with its standard error."""
-    before, after = (gazes.overlap(gaze, truth.double()) for gaze in (posterior.path[:, -2], posterior.mean_gaze))
+    reported = posterior.path[:, -2], posterior.mean_gaze
+    before, after = (gazes.overlap(gaze, truth.double()) for gaze in reported)
     gain = after - before
+    with_again = {}
+    if again is not None:
+        before_again, after_again = (gazes.overlap(gaze, again) for gaze in reported)
+        with_again = {
+            "iou_guide_re_expressed": float(before_again.mean()),
+            "iou_posterior_mean_re_expressed": float(after_again.mean()),
+            "gain_re_expressed": float((after_again - before_again).mean()),
+        }
     return {
         "start": start,
         "guide_prior": bool(run.guide.prior_weight > 0),
         "noise": run.model.noise,
         "temperature": run.model.temperature,
-        "edges": None if run.model.edges is None else float(run.model.edges.weight),
         "iou_guide": float(before.mean()),
         "iou_posterior_mean": float(after.mean()),
         "gain": float(gain.mean()),
         "gain_se": float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else None,
+        **with_again,
     }
 
 
@@ -399,10 +425,15 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     names = {
         "odds": "true gaze beats all random gazes: the model's odds",
         "odds_elsewhere": "… among random gazes with IoU < 0.5",
+        "odds_re_expressed": "… labels re-expressed",
         "gaussian": "… Gaussian odds",
         "student_t": "… Student-t odds",
     }
-    rows += [row(text, [d["beats_random"][name] for d in every], percent) for name, text in names.items()]
+    rows += [
+        row(text, [d["beats_random"].get(name) for d in every], percent)
+        for name, text in names.items()
+        if any(name in d["beats_random"] for d in every)
+    ]
     names = {
         "odds": "whole scene: end points ranked by the odds alone",
         "evidence": "… by all evidence",
@@ -413,6 +444,9 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         prior = "with" if entry["guide_prior"] else "without"
         text = f"HMC mean − guide, mean IoU ({entry['start']}; {prior} guide as prior)"
         rows.append(row(text, [d["sampling"][k]["gain"] for d in every], "{:+.3f}".format))
+        of_again = [d["sampling"][k].get("gain_re_expressed") for d in every]
+        if any(value is not None for value in of_again):
+            rows.append(row("… labels re-expressed", of_again, "{:+.3f}".format))
     rows += [
         row("presence, AUC against clutter: all evidence", [d["presence_auc"] for d in every], "{:.3f}".format),
         row("… the model's odds alone", [d["presence_auc_odds"] for d in every], "{:.3f}".format),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from foveate.data import Scenes, orl_clutter
 from foveate.data.scenes import parse_spec
+from foveate.experiments.conventions import COMPARED, convention_of, re_expressed, training_scenes
 from foveate.experiments.detectors import Detector, HaarDetector, TemplateSearch, require_opencv
 from foveate.experiments.figures import (
     Convergence,
@@ -50,7 +51,7 @@ from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid
 
-__all__ = ["ERRORS", "Localisation", "label_convention", "starts_off_by"]
+__all__ = ["ERRORS", "Localisation", "starts_off_by"]
 
 # Initial errors of Fig. 5 (offsets in patch widths, factors of scale, degrees), and how they are told.
 ERRORS = {"offset": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), "scale": (0.5, 0.71, 1.41, 2.0), "rotation": (10, 20, 30, 45)}
@@ -59,8 +60,8 @@ TOLD = {"offset": "{:g} widths off", "scale": "scale × {:g}", "rotation": "{:g}
 LOOKS, FOLLOWED, THERE = 4, 8, 0.01
 # Sampling where many posteriors are needed and none exactly.
 LIGHT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40}
-# Training scenes on which two sets of labels are compared, and scenes of a collection that are shown step by step.
-COMPARED, SHOWN = 120, 5
+# Scenes of a collection that are shown step by step.
+SHOWN = 5
 BATCH = 16
 
 METHODS = {
@@ -276,36 +277,13 @@ def starts_off_by(
     return gazes.compose(truth.double(), gazes.from_parts(centre, scale, rotation))
 
 
-def label_convention(found: Float[Tensor, "scene 4"], truth: Float[Tensor, "scene 4"]) -> Float[Tensor, "4"] | None:
-    """The similarity δ by which labels differ from what a run was taught: truth ≈ found ∘ δ; None if nothing is found.
-
-    The medians, over the scenes found, of the offset (canonical pixels), the log-scale and the rotation of
-    ``found⁻¹ ∘ truth``. Labels are re-expressed in the run's own convention as ``truth ∘ δ⁻¹``.
-
-    Args:
-        found: reported gazes of training scenes of the labelled collection.
-        truth: their labels.
-    """
-    near = gazes.overlap(found.double(), truth.double()) > 0.5
-    if not bool(near.any()):
-        return None
-    centre, scale, rotation = gazes.parts(gazes.compose(gazes.inverse(found.double()), truth.double()))
-    of_centre = centre[near].median(0).values
-    return gazes.from_parts(of_centre, scale[near].log().median().exp(), rotation[near].median())
-
-
 def _collection(spec: str, seed: int) -> Collection:
     scenes = Scenes.from_spec(spec, seed=seed).labelled()
     kind, directory, split = parse_spec(spec)
     name = directory.name if directory is not None and kind == "folder" else kind
-    train = None
-    if split == "test":
-        try:
-            train = Scenes.from_spec(f"{spec.removesuffix('@test')}@train", seed=seed).labelled()
-        except InputError as error:
-            announce(f"{spec}: labels are not compared with those trained on ({error})")
     assert scenes.gazes is not None
-    return Collection(spec, name if split is None else f"{name}@{split}", scenes, scenes.gazes, train)
+    label = name if split is None else f"{name}@{split}"
+    return Collection(spec, label, scenes, scenes.gazes, training_scenes(spec, seed))
 
 
 def _empty(spec: str | None, seed: int) -> Scenes | None:
@@ -345,13 +323,7 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
         costs[name]["windows"] += float(of_method.statistics["n_steps"].double().sum((1, 2)).mean())
 
     shown = torch.linspace(0, count - 1, min(starts, count)).round().long()
-    convention = None
-    if train is not None:
-        rows = torch.linspace(0, len(train) - 1, min(COMPARED, len(train))).round().long()
-        compared = train.subset(rows)
-        of_train = attend(run.model, run.guide, compared, progress=True, seed=seed, **LIGHT)
-        assert compared.gazes is not None
-        convention = label_convention(of_train.mean_gaze, compared.gazes)
+    convention = None if train is None else convention_of(run, train, seed)
     return Seen(
         candidates.gaze[:, 0],
         dataclasses.replace(posterior, canonical_draws=posterior.canonical_draws[:, :, :0].clone()),
@@ -497,10 +469,6 @@ def _converged_after(looks: Tensor) -> int:
     return int(away[-1]) + 1 if len(away) else 0
 
 
-def _re_expressed(truth: Tensor, convention: Tensor) -> Tensor:
-    return gazes.compose(truth, gazes.inverse(convention))
-
-
 def _convention_told(collection: Collection, seen: Sequence[Seen]) -> dict[str, Any] | None:
     """How the labels differ from those trained on, and the scores with that difference taken out."""
     known = [one for one in seen if one.convention is not None]
@@ -516,7 +484,7 @@ def _convention_told(collection: Collection, seen: Sequence[Seen]) -> dict[str, 
             "log_scale": float(scale.log()),
             "rotation_degrees": math.degrees(float(rotation)),
         }
-        rows.append(of_labels | _scores(one.posterior.mean_gaze, _re_expressed(collection.truth, one.convention)))
+        rows.append(of_labels | _scores(one.posterior.mean_gaze, re_expressed(collection.truth, one.convention)))
     assert collection.train is not None
     return {"scenes_compared": min(COMPARED, len(collection.train)), **_over_seeds(rows)}
 
@@ -546,7 +514,7 @@ def _calibration(collections: Sequence[Collection], seen: Sequence[Sequence[Seen
 def _reached(collection: Collection, one: Seen) -> dict[str, Tensor]:
     """How far out the truth lies among the draws: the labels as they are, and re-expressed where that is known."""
     truth = collection.truth
-    again = truth if one.convention is None else _re_expressed(truth, one.convention)
+    again = truth if one.convention is None else re_expressed(truth, one.convention)
     return {"": reach(one.posterior.gaze, truth), "_re_expressed": reach(one.posterior.gaze, again)}
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
 from torch.nn import functional
@@ -39,6 +39,8 @@ __all__ = [
 
 # Proposals looked at once per scene, those followed further, and the overlap beyond which two end points are one mode.
 PROPOSALS, FOLLOWED, MERGE = 12, 6, 0.3
+# The overlap beyond which two end points are so nearly one that only one is weighed.
+SAME = 0.9
 # Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
 POINTS, SPREAD = 64, 1.5
 # Points among which chains find their starts.
@@ -169,10 +171,13 @@ def search(
     sd = (log_sd.exp() * end.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE)
     presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
     knows = _knows_people(model)
-    odds = integrated_odds(model, pyramid, end, sd, None if knows else canonical)
-    where = scene.reshape(count, k).repeat(1, end.shape[1] // k).flatten()
-    recognised = guide.recognise(pyramid, end.reshape(-1, 4), where).double().reshape(odds.shape)
-    features = torch.stack([odds, recognised, presence], -1)
+    found = found & _first_of_its_place(end)
+    where = found.nonzero()[:, 0]
+    whom = None if knows or canonical is None else canonical[where]
+    features = torch.stack([torch.full_like(presence, -math.inf)] * 2 + [presence], -1)
+    weighed, spread = end[found], sd[found]
+    features[..., 0][found] = integrated_odds(model, pyramid, weighed[:, None], spread[:, None], whom, where)[:, 0]
+    features[..., 1][found] = guide.recognise(pyramid, weighed, where).double()
     weights = guide.evidence.double()
     log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
     log_weight = torch.where(found, log_weight, -math.inf)
@@ -186,11 +191,14 @@ def search(
 def integrated_odds(
     model: AttentionModel,
     pyramid: Pyramid,
-    gaze: Float[Tensor, "scene mode 4"],
-    sd: Float[Tensor, "scene mode 4"],
-    canonical: Float[Tensor, "scene 24 24"] | None = None,
-) -> Float[Tensor, "scene mode"]:
+    gaze: Float[Tensor, "n mode 4"],
+    sd: Float[Tensor, "n mode 4"],
+    canonical: Float[Tensor, "n 24 24"] | None = None,
+    scene: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n mode"]:
     """Log of the integral of prior × odds over each mode, in nats, by importance sampling.
+
+    Rows are the scenes in order, or those that `scene` names.
 
     The rule is a fixed scrambled Sobol set through a Gaussian of 1.5 × `sd` about the mode, so that the number does not
     depend on what shares the batch.
@@ -198,10 +206,10 @@ def integrated_odds(
     Convention: `sd` is in the units of `LocalChart` at `gaze`.
     """
     points = mode_points(gaze, sd)
-    flat = points.gaze.reshape(len(pyramid), -1, 4)
-    energy = odds_score(model, canonical).energy_of_many(pyramid.extract(flat))
+    flat = points.gaze.flatten(1, 2)
+    energy = odds_score(model, canonical).energy_of_many(pyramid.extract(flat, scene=scene))
     log_odds = -energy.double().reshape(points.log_q.shape)
-    size = pyramid.size.double()[:, None, None]
+    size = (pyramid.size if scene is None else pyramid.size[scene]).double()[:, None, None]
     log_p = model.prior(size).log_prob(points.gaze) + points.log_det + log_odds
     return torch.logsumexp(log_p - points.log_q, -1) - math.log(POINTS)
 
@@ -530,6 +538,16 @@ def _stock(
             with torch.no_grad():
                 lp[i, c] = torch.stack([-energy({"z": z}) for z in draws[i, c]])
     return draws, {"lp": lp, "diverging": diverging}
+
+
+def _first_of_its_place(end: Float[Tensor, "scene mode 4"]) -> Bool[Tensor, "scene mode"]:
+    """Which end points lie elsewhere than those before them; where looks led comes before what was proposed."""
+    count, k = end.shape[:2]
+    overlap = (gazes.overlap(end[:, :, None], end[:, None, :]) > SAME).cpu()
+    first = torch.zeros(count, k, dtype=torch.bool)
+    for j in [*range(k // 2, k), *range(k // 2)]:
+        first[:, j] = ~(overlap[:, j] & first).any(-1)
+    return first.to(end.device)
 
 
 def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path: Tensor, modes: int) -> Candidates:

@@ -32,7 +32,8 @@ from foveate.model.identity import IdentityModel
 __all__ = ["FORMAT", "Run", "atomic_file", "load", "save", "write_json"]
 
 # Counts the layouts of a run's files; raised when an older program could not read what a newer one writes.
-FORMAT = 1
+# 2: the odds of edges are divided by the temperature as those of the pixels are, and have no weight of their own.
+FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)

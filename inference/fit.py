@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.inference.attend import SMALLEST, Candidates, mode_points, search
+from foveate.inference.attend import SMALLEST, Candidates, mode_points, odds_score, search
 from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
@@ -32,6 +32,7 @@ __all__ = [
     "calibrate",
     "crops_of",
     "fit",
+    "fit_clutter",
     "gaze_prior_options",
     "person_numbers",
     "weigh_evidence",
@@ -48,10 +49,12 @@ HELD_OUT, MOST_HELD_OUT = 0.12, 60
 # Scenes that are worked on together while calibrating, and the fewest from which sds are estimated.
 BATCH, FEWEST_TO_CALIBRATE = 16, 8
 # What the model's variant is chosen among; without the guide as a prior, as many nats lower are as good.
-NOISES, TEMPERATURES, PREFERENCE = (0.125, 0.25, 0.5, 1.0), tuple(2.0**k for k in range(9)), 0.05
+NOISES, TEMPERATURES, PREFERENCE = (0.125, 0.25, 0.5, 1.0), tuple(2.0 ** (k / 2) for k in range(17)), 0.05
 # Windows that show the object in part: sds about it (canonical pixels; log-scale and radians), and their IoU.
 NEAR_MISS, PARTLY = (5.0, 0.25), (0.2, 0.7)
 WORST, CALIBRATION_POINTS = -25.0, 512
+# How much edges say beside pixels, and from how many times as many windows the likeliest are taken to tell them from.
+EDGES_SAY, MINED = 3.0, 12
 
 
 @runtime_checkable
@@ -237,39 +240,69 @@ def fit_clutter(
     generator: torch.Generator,
     count: int = 6000,
 ) -> None:
-    """What tells the object from clutter, in place: clutter's density and the odds of edges (their weight is kept).
+    """What tells the object from clutter, in place: clutter's density and the odds of edges.
 
-    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it; edges have as
-    many windows beside it that show the object in part: what tells the object from clutter alone does not tell where
-    exactly it is. Edges have an equal say with pixels: their log-odds are scaled to have as wide a gap between the
-    object's crops and clutter.
-    Scenes held out could not weigh the two: they are of the training scenes' kind, where pixels judge best, and on
-    another kind it is edges that are still known.
+    Clutter is seen in windows of pictures without the object and in windows of the scenes that miss it. Edges are told
+    from those, from as many windows that show the object in part (what tells the object from clutter alone does not
+    tell where exactly it is), and then once more with as many that a first fit takes for the object: the likeliest of
+    `MINED` times as many.
+
+    What edges say is scaled to have a gap between the object's crops and clutter that is `EDGES_SAY` times as wide as
+    that of the pixels. Scenes held out could not weigh the two: they are of the training scenes' kind, where pixels
+    judge best, and on another kind it is edges that are still known.
     """
+    y = density_coordinates(_other_windows(data, count, 0.05, generator)).float()
+    model.clutter = ClutterModel.fit(y)
+    scene = data.draw(2 * len(y), generator)
+    gaze = _jittered(data.gaze[scene].double(), *NEAR_MISS, generator)
+    overlap = gazes.overlap(gaze, data.gaze[scene].double())
+    partly = ((overlap > PARTLY[0]) & (overlap < PARTLY[1])).nonzero().flatten()[: len(y)]
+    in_part = density_coordinates(data.pyramid.extract(gaze[partly], scene=scene[partly])).float()
+    others = torch.cat([y, in_part])
+    model.edges = _with_their_say(model, EdgeOdds.fit(of_object, others), of_object, y)
+    alike = _likeliest_windows(model, data, count, generator)
+    model.edges = _with_their_say(model, EdgeOdds.fit(of_object, torch.cat([others, alike])), of_object, y)
+
+
+def _other_windows(data: GuideData, count: int, most: float, generator: torch.Generator) -> Float[Tensor, "n 24 24"]:
+    """Windows of pictures without the object, if there are any, and of scenes whose object they overlap by less."""
     samples = []
     if data.clutter is not None:
         scene = torch.randint(len(data.clutter), (count,), generator=generator)
         samples.append(data.clutter.extract(random_gazes(data.clutter.size[scene], generator), scene=scene))
     scene = data.draw(count, generator)
     gaze = random_gazes(data.pyramid.size[scene], generator)
-    missed = gazes.overlap(gaze, data.gaze[scene].double()) < 0.05
+    missed = gazes.overlap(gaze, data.gaze[scene].double()) < most
     samples.append(data.pyramid.extract(gaze[missed], scene=scene[missed]))
-    y = density_coordinates(torch.cat(samples)).float()
-    model.clutter, weight = ClutterModel.fit(y), 1.0 if model.edges is None else float(model.edges.weight)
-    scene = data.draw(2 * len(y), generator)
-    gaze = _jittered(data.gaze[scene].double(), *NEAR_MISS, generator)
-    overlap = gazes.overlap(gaze, data.gaze[scene].double())
-    partly = ((overlap > PARTLY[0]) & (overlap < PARTLY[1])).nonzero().flatten()[: len(y)]
-    in_part = density_coordinates(data.pyramid.extract(gaze[partly], scene=scene[partly])).float()
-    edges = EdgeOdds.fit(of_object, torch.cat([y, in_part]))
+    return torch.cat(samples)
+
+
+def _with_their_say(
+    model: AttentionModel, edges: EdgeOdds, of_object: Float[Tensor, "crop 575"], of_clutter: Float[Tensor, "other 575"]
+) -> EdgeOdds:
+    """The odds scaled to have `EDGES_SAY` times as wide a gap between object and clutter as the model's pixels have."""
     pixels, clutter = model.marginal_densities()
     assert clutter is not None
     by_pixels, by_edges = (
-        [float((pixels.log_prob(part) - clutter.log_prob(part)).mean()) for part in (of_object, y)],
-        [float(torch.cat([edges.log_odds(some) for some in part.split(CHUNK)]).mean()) for part in (of_object, y)],
+        [float((pixels.log_prob(part) - clutter.log_prob(part)).mean()) for part in (of_object, of_clutter)],
+        [float(torch.cat([edges.log_odds(y) for y in part.split(CHUNK)]).mean()) for part in (of_object, of_clutter)],
     )
-    scale = max(0.0, by_pixels[0] - by_pixels[1]) / (by_edges[0] - by_edges[1])
-    model.edges = EdgeOdds(scale * edges.direction, scale * edges.offset, weight)
+    return edges.scaled(EDGES_SAY * max(0.0, by_pixels[0] - by_pixels[1]) / (by_edges[0] - by_edges[1]))
+
+
+@torch.no_grad()
+def _likeliest_windows(
+    model: AttentionModel, data: GuideData, count: int, generator: torch.Generator
+) -> Float[Tensor, "n 575"]:
+    """Of `MINED` times `count` windows that are not the object those with the highest odds of being it."""
+    score = odds_score(model)
+    kept, energies = torch.empty(0, 24, 24), torch.empty(0)
+    for _ in range(MINED):
+        windows = _other_windows(data, count, 0.5, generator)
+        found = torch.cat([score.energy_of_many(part) for part in windows.split(CHUNK)])
+        energies, order = torch.cat([energies, found]).sort()
+        kept, energies = torch.cat([kept, windows])[order[:count]], energies[:count]
+    return density_coordinates(kept).float()
 
 
 def calibrate(
@@ -371,7 +404,7 @@ def _choose_variant(
     scores: dict[tuple[bool, float, float], list[Tensor]] = {}
     means: dict[tuple[bool, float, float], list[Tensor]] = {}
     start: list[Tensor] = []
-    edges = EdgeOdds.blank() if model.edges is None else EdgeOdds(model.edges.direction, model.edges.offset)
+    edges = EdgeOdds.blank() if model.edges is None else model.edges
     for pyramid, (gaze, sd), truth in zip(pyramids, near, true, strict=True):
         close = gazes.overlap(gaze, truth) > 0.3
         start.append(gazes.overlap(gaze, truth)[close])
@@ -404,8 +437,6 @@ def _choose_variant(
     )
     guide.prior_weight.fill_(float(best[0]))
     model.temperature, model.noise = best[1], best[2]
-    if model.edges is not None:
-        model.edges.weight.fill_(1 / model.temperature)
     return {
         "guide_prior": best[0],
         "validation_log_density": figures[best],

@@ -365,13 +365,70 @@ def contract_slopes(begin, end, pyramid, place, points, z, near, weight, slopes,
 _SIDE, _BLOCKS, _CELLS, _DIRECTIONS = 24, 12, 11, 8
 
 
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, inline="always")
+@no_type_check
+def _cells_of(n, x, y, blocks, cells, power):
+    """Gradients of a normalised patch, their pooled sizes by direction, and the power of every cell; overwrites."""
+    number = n.dtype.type
+    half, quarter_turn = number(0.5), number(math.sqrt(0.5))
+    blocks[:] = 0
+    for r in range(_SIDE):
+        for c in range(_SIDE):
+            gx = half * (n[r, min(c + 1, _SIDE - 1)] - n[r, max(c - 1, 0)])
+            gy = half * (n[min(r + 1, _SIDE - 1), c] - n[max(r - 1, 0), c])
+            x[r, c], y[r, c] = gx, gy
+            up, down = quarter_turn * (gx + gy), quarter_turn * (gy - gx)
+            block = blocks[r // 2, c // 2]
+            # Opposite directions share an axis: one of the two is on.
+            block[0 if gx > 0 else 4] += abs(gx)
+            block[1 if up > 0 else 5] += abs(up)
+            block[2 if gy > 0 else 6] += abs(gy)
+            block[3 if down > 0 else 7] += abs(down)
+    for r in range(_CELLS):
+        for c in range(_CELLS):
+            square = number(0)
+            for k in range(_DIRECTIONS):
+                pooled = blocks[r, c, k] + blocks[r, c + 1, k] + blocks[r + 1, c, k] + blocks[r + 1, c + 1, k]
+                cells[r, c, k] = pooled / number(16)
+                square += cells[r, c, k] * cells[r, c, k]
+            power[r, c] = square
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, inline="always")
+@no_type_check
+def _relative_to(power, r, c):
+    """One over the root of the mean power of a cell's neighbourhood."""
+    number = power.dtype.type
+    near = number(0)
+    for dr in range(-1, 2):
+        for dc in range(-1, 2):
+            near += power[min(max(r + dr, 0), _CELLS - 1), min(max(c + dc, 0), _CELLS - 1)]
+    return number(1) / math.sqrt(near / number(9) + number(FLAT))
+
+
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
 @no_type_check
-def edge_slopes(begin, end, patches, direction, total, slope):
-    """``wᵀ f`` of normalised patches ``(n, 576)``, f = `foveate.model.identity.edges`, and its slope by their pixels.
+def edge_features(begin, end, patches, features):
+    """`foveate.model.identity.edges` of normalised patches ``(n, 576)`` as ``(n, 11, 11, 8)``: cells first."""
+    number = patches.dtype.type
+    x, y = np.empty((_SIDE, _SIDE), patches.dtype), np.empty((_SIDE, _SIDE), patches.dtype)
+    blocks = np.empty((_BLOCKS, _BLOCKS, _DIRECTIONS), patches.dtype)
+    cells = np.empty((_CELLS, _CELLS, _DIRECTIONS), patches.dtype)
+    power = np.empty((_CELLS, _CELLS), patches.dtype)
+    for i in range(begin, end):
+        _cells_of(patches[i].reshape(_SIDE, _SIDE), x, y, blocks, cells, power)
+        out = features[i]
+        for r in range(_CELLS):
+            for c in range(_CELLS):
+                inverse = _relative_to(power, r, c)
+                for k in range(_DIRECTIONS):
+                    out[r, c, k] = math.sqrt(cells[r, c, k] * inverse + number(ROOT))
 
-    `direction` w is ``(11, 11, 8)``: cells first.
-    """
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
+def edge_slopes(begin, end, patches, weight, slope):
+    """``Σ w ∂f/∂n``: from derivatives ``(n, 11, 11, 8)`` by `edge_features` to those by the pixels, ``(n, 576)``."""
     number = patches.dtype.type
     half, quarter_turn = number(0.5), number(math.sqrt(0.5))
     x, y = np.empty((_SIDE, _SIDE), patches.dtype), np.empty((_SIDE, _SIDE), patches.dtype)
@@ -379,43 +436,17 @@ def edge_slopes(begin, end, patches, direction, total, slope):
     cells = np.empty((_CELLS, _CELLS, _DIRECTIONS), patches.dtype)
     power, of_power = np.empty((_CELLS, _CELLS), patches.dtype), np.empty((_CELLS, _CELLS), patches.dtype)
     for i in range(begin, end):
-        n, out = patches[i].reshape(_SIDE, _SIDE), slope[i].reshape(_SIDE, _SIDE)
-        blocks[:] = 0
-        for r in range(_SIDE):
-            for c in range(_SIDE):
-                gx = half * (n[r, min(c + 1, _SIDE - 1)] - n[r, max(c - 1, 0)])
-                gy = half * (n[min(r + 1, _SIDE - 1), c] - n[max(r - 1, 0), c])
-                x[r, c], y[r, c] = gx, gy
-                up, down = quarter_turn * (gx + gy), quarter_turn * (gy - gx)
-                block = blocks[r // 2, c // 2]
-                # Opposite directions share an axis: one of the two is on.
-                block[0 if gx > 0 else 4] += abs(gx)
-                block[1 if up > 0 else 5] += abs(up)
-                block[2 if gy > 0 else 6] += abs(gy)
-                block[3 if down > 0 else 7] += abs(down)
-        for r in range(_CELLS):
-            for c in range(_CELLS):
-                square = number(0)
-                for k in range(_DIRECTIONS):
-                    pooled = blocks[r, c, k] + blocks[r, c + 1, k] + blocks[r + 1, c, k] + blocks[r + 1, c + 1, k]
-                    cells[r, c, k] = pooled / number(16)
-                    square += cells[r, c, k] * cells[r, c, k]
-                power[r, c] = square
+        direction, out = weight[i], slope[i].reshape(_SIDE, _SIDE)
+        _cells_of(patches[i].reshape(_SIDE, _SIDE), x, y, blocks, cells, power)
         of_power[:] = 0
         blocks[:] = 0
-        energy = number(0)
-        # Back the same way: first what goes through the neighbourhood's power,
+        # Back the way that features come: first what goes through the neighbourhood's power,
         for r in range(_CELLS):
             for c in range(_CELLS):
-                near = number(0)
-                for dr in range(-1, 2):
-                    for dc in range(-1, 2):
-                        near += power[min(max(r + dr, 0), _CELLS - 1), min(max(c + dc, 0), _CELLS - 1)]
-                inverse = number(1) / math.sqrt(near / number(9) + number(FLAT))
+                inverse = _relative_to(power, r, c)
                 through = number(0)
                 for k in range(_DIRECTIONS):
                     root = math.sqrt(cells[r, c, k] * inverse + number(ROOT))
-                    energy += direction[r, c, k] * root
                     of_relative = half * direction[r, c, k] / root
                     through += of_relative * cells[r, c, k]
                     # then what goes straight to the cell's blocks,
@@ -451,4 +482,3 @@ def edge_slopes(begin, end, patches, direction, total, slope):
                 out[r, max(c - 1, 0)] -= of_x
                 out[min(r + 1, _SIDE - 1), c] += of_y
                 out[max(r - 1, 0), c] -= of_y
-        total[i] = energy

@@ -423,8 +423,6 @@ def _without_guide_prior(model: AttentionModel, guide: GazeGuide, config: dict[s
     variant = config.get("variants", {}).get("without_guide_prior")
     if variant is not None:
         model.temperature, model.noise = variant["temperature"], variant["noise"]
-        if model.edges is not None:
-            model.edges.weight.fill_(1 / model.temperature)
     return config | {"guide_prior": False}
 
 

@@ -10,7 +10,7 @@ Convention: as `foveate.model.gaze`; a batch of chart coordinates is ``(scene, .
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -128,7 +128,7 @@ class OddsScore:
         clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
         temperature: divides the log odds, which 576 correlated pixels make overconfident.
         person: whom the object shows; its ratio brings its own weight, and the temperature leaves it alone.
-        edges: what the patch's edges say beside its pixels, with a weight of its own likewise.
+        edges: what the patch's edges say beside its pixels; the temperature divides the sum.
 
     Raises:
         InputError: a temperature or a noise that is not positive.
@@ -148,7 +148,7 @@ class OddsScore:
             raise InputError(f"noise {object.noise}: it must be positive")
         self.object, self.clutter, self.temperature = object, clutter, temperature
         self.person, self.edges = person, edges
-        self._forms: dict[tuple[torch.dtype, torch.device], tuple[list[_Form], Tensor]] = {}
+        self._compiled: dict[torch.dtype, _Compiled] = {}
         self._centres: tuple[tuple[int, ...], torch.dtype, Tensor] | None = None
 
     def energy(self, patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch"]:
@@ -162,9 +162,9 @@ class OddsScore:
             energy = -self.object.log_prob(y)
         if self.clutter is not None:
             energy = energy + self.clutter.log_prob(y)
-        energy = energy / self.temperature
         if self.edges is not None:
             energy = energy - self.edges.log_odds(y)
+        energy = energy / self.temperature
         if self.person is not None:
             energy = energy - self.person.log_ratio(patch, _aligned(self.person.of_v, patch.shape[:-2]))
         return energy
@@ -174,44 +174,32 @@ class OddsScore:
         if self.person is not None or patch.device.type != "cpu":
             return self.energy(patch).detach()
         rows = patch.detach().reshape(-1, _POINTS)
-        energy, _ = self.energy_and_slope(rows, tuple(patch.shape[:-2]), torch.arange(len(rows)))
-        return energy.reshape(patch.shape[:-2])
+        n, _ = _normalised(rows)
+        if isinstance(self.object, CanonicalDensity):
+            energy = self._about_canonical(n, self._centre(tuple(patch.shape[:-2]), n))[0]
+        else:
+            energy = n.new_zeros(len(n))
+        for form, _, square in self._forms_of(n):
+            energy = energy + form.energy(square)
+        if self.edges is not None:
+            energy = energy - self._edges(n)[0]
+        return (energy / self.temperature).reshape(patch.shape[:-2])
 
     def energy_and_slope(
         self, patch: Float[Tensor, "gaze 576"], batch: tuple[int, ...], rows: Int[Tensor, " gaze"]
     ) -> tuple[Float[Tensor, " gaze"], Float[Tensor, "gaze 576"]]:
         """Energies and their derivatives by the patch, of the gazes `rows` of a flattened batch."""
-        count, points = patch.shape
-        centred = patch - patch.mean(-1, keepdim=True)
-        deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + NORMALISING_FLOOR**2)
-        n = centred / deviation
-        energy, of_n = n.new_zeros(count), torch.zeros_like(n)
+        n, deviation = _normalised(patch)
+        energy, of_n = n.new_zeros(len(n)), torch.zeros_like(n)
         if isinstance(self.object, CanonicalDensity):
-            away = (n - self._centre(batch, n)[rows]) / self.object.noise
-            energy = 0.5 * (away * away).sum(-1) + 575 * math.log(self.object.noise * math.sqrt(2 * math.pi))
-            of_n = away / self.object.noise
-        key = patch.dtype, patch.device
-        if key not in self._forms:
-            self._forms[key] = self._form(patch)
-        forms, precision = self._forms[key]
-        # One matrix product serves all densities; BLAS gives a row the same bits in any batch of a multiple of four.
-        product = (torch.cat([n, n.new_zeros(-count % 4, points)]) @ precision)[:count]
-        for which, form in enumerate(forms):
-            pulled = product[:, which * points : (which + 1) * points] - form.pull
-            square = (pulled * (n - form.centre)).sum(-1)
-            if math.isinf(form.nu):
-                energy = energy + form.sign * (form.least + 0.5 * square)
-                of_n = of_n + form.sign * pulled
-            else:
-                ratio, power = square / (form.nu - 2), form.nu + points - 1
-                energy = energy + form.sign * (form.least + 0.5 * power * torch.log1p(ratio))
-                of_n = of_n + (form.sign * power / (form.nu - 2) / (1 + ratio))[:, None] * pulled
+            energy, of_n = self._about_canonical(n, self._centre(batch, n)[rows])
+        for form, pulled, square in self._forms_of(n):
+            energy, of_n = energy + form.energy(square), of_n + form.slope(square, pulled)
         if self.edges is not None:
-            # The temperature is not the edges': what it will divide is multiplied first.
-            log_odds, of_edges = self._edges(self.edges, n)
-            energy, of_n = energy - self.temperature * log_odds, of_n - self.temperature * of_edges
+            log_odds, bent = self._edges(n)
+            energy, of_n = energy - log_odds, of_n - self._edge_slopes(n, bent)
         of_n = of_n - of_n.mean(-1, keepdim=True)
-        slope = (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
+        slope = _through_normalising(of_n, n, deviation)
         energy, slope = energy / self.temperature, slope / self.temperature
         if self.person is not None:
             of_v = _aligned(self.person.of_v, batch)
@@ -223,32 +211,64 @@ class OddsScore:
             energy, slope = energy - ratio.detach(), slope - of_seen.flatten(-2)
         return energy, slope
 
-    def _edges(self, edges: EdgeOdds, n: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges' log odds of normalised patches and their derivatives by these, in one compiled pass."""
-        # `edges` normalises what it is given, and this is: once more.
-        deviation = torch.sqrt((n * n).mean(-1, keepdim=True) + NORMALISING_FLOOR**2)
-        again = (n / deviation).contiguous()
-        cells = edges.direction.reshape(8, 11, 11).permute(1, 2, 0).to(n).contiguous()
-        total, slope = np.empty(len(n), again.numpy().dtype), np.empty_like(again.numpy())
-        share(_kernels().edge_slopes, len(n), again.numpy(), cells.numpy(), total, slope, least=LEAST)
-        of_again = torch.from_numpy(slope)
-        of_n = (of_again - again * (of_again * again).mean(-1, keepdim=True)) / deviation
-        weight = edges.weight.to(n)
-        return weight * (torch.from_numpy(total) + edges.offset.to(n)), weight * of_n
+    def _about_canonical(self, n: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies about given canonical images, and derivatives by the normalised patches."""
+        assert isinstance(self.object, CanonicalDensity)
+        noise = self.object.noise
+        away = (n - centre) / noise
+        return 0.5 * (away * away).sum(-1) + 575 * math.log(noise * math.sqrt(2 * math.pi)), away / noise
 
-    def _form(self, like: Tensor) -> tuple[list["_Form"], Tensor]:
-        """The elliptical densities as functions of the normalised patch, and their precision matrices side by side."""
-        forms, matrices = [], [like.new_empty(_POINTS, 0)]
-        for density, sign in ((self.object, 1.0), (self.clutter, -1.0)):
-            if not isinstance(density, EllipticalDensity):
-                continue
-            axes = from_density_coordinates(density.axes.detach().double().T).flatten(-2).T
-            centre = from_density_coordinates(density.mean.detach().double()).flatten()
-            precision = (axes / density.variances.double()) @ axes.T
-            least = -float(density.log_prob(density.mean))
-            forms.append(_Form(sign, centre.to(like), (centre @ precision).to(like), least, float(density.nu)))
-            matrices.append(precision.to(like))
-        return forms, torch.cat(matrices, -1)
+    def _forms_of(self, n: Tensor) -> Iterator[tuple["_Form", Tensor, Tensor]]:
+        """For every elliptical density ``P (n − centre)`` of normalised patches, and its product with n − centre."""
+        compiled = self._compile(n)
+        # One matrix product serves all densities.
+        product = _rowwise(n, compiled.precision)
+        for which, form in enumerate(compiled.forms):
+            pulled = product[:, which * _POINTS : (which + 1) * _POINTS] - form.pull
+            yield form, pulled, (pulled * (n - form.centre)).sum(-1)
+
+    def _edges(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges' log odds of normalised patches, and ``λ u·f``, their slopes along the edges' axes."""
+        # `edges` normalises what it is given, and this is: once more.
+        again, _ = _normalised(n)
+        features = np.empty((len(n), 11, 11, 8), again.numpy().dtype)
+        share(_kernels().edge_features, len(n), again.numpy(), features, least=LEAST)
+        compiled = self._compile(n)
+        along = _rowwise(torch.from_numpy(features).flatten(1), compiled.axes)
+        straight, turned = along[:, 0], along[:, 1:]
+        bent = compiled.curvature * turned
+        return straight + compiled.offset - 0.5 * (bent * turned).sum(-1), bent
+
+    def _edge_slopes(self, n: Tensor, bent: Tensor) -> Tensor:
+        """Derivatives of the edges' log odds by normalised patches."""
+        again, deviation = _normalised(n)
+        axes = self._compile(n).axes
+        of_features = (axes[:, 0] - _rowwise(bent, axes[:, 1:].T)).reshape(-1, 11, 11, 8)
+        slope = np.empty_like(again.numpy())
+        share(_kernels().edge_slopes, len(n), again.numpy(), of_features.numpy(), slope, least=LEAST)
+        return _through_normalising(torch.from_numpy(slope), again, deviation)
+
+    def _compile(self, like: Tensor) -> "_Compiled":
+        """What is scored as functions of the normalised patch, in the dtype of `like`."""
+        if like.dtype not in self._compiled:
+            forms, matrices = [], [like.new_empty(_POINTS, 0)]
+            for density, sign in ((self.object, 1.0), (self.clutter, -1.0)):
+                if not isinstance(density, EllipticalDensity):
+                    continue
+                axes = from_density_coordinates(density.axes.detach().double().T).flatten(-2).T
+                centre = from_density_coordinates(density.mean.detach().double()).flatten()
+                precision = (axes / density.variances.double()) @ axes.T
+                least = -float(density.log_prob(density.mean))
+                forms.append(_Form(sign, centre.to(like), (centre @ precision).to(like), least, float(density.nu)))
+                matrices.append(precision.to(like))
+            axes, curvature, offset = like.new_empty(0, 0), like.new_empty(0), 0.0
+            if self.edges is not None:
+                both = torch.cat([self.edges.direction[:, None], self.edges.axes], 1).to(like)
+                # Cells first, as the compiled loops have them.
+                axes = both.reshape(8, 11, 11, -1).permute(1, 2, 0, 3).flatten(0, 2).contiguous()
+                curvature, offset = self.edges.curvature.to(like), float(self.edges.offset)
+            self._compiled[like.dtype] = _Compiled(forms, torch.cat(matrices, -1), axes, curvature, offset)
+        return self._compiled[like.dtype]
 
     def _centre(self, batch: tuple[int, ...], like: Tensor) -> Tensor:
         """Canonical images as normalised patches, a row for every gaze of a batch."""
@@ -375,6 +395,29 @@ class _Form(NamedTuple):
     least: float
     nu: float
 
+    def energy(self, square: Tensor) -> Tensor:
+        """Signed energy by the square ``(n − centre)ᵀ P (n − centre)``."""
+        if math.isinf(self.nu):
+            return self.sign * (self.least + 0.5 * square)
+        return self.sign * (self.least + 0.5 * (self.nu + _POINTS - 1) * torch.log1p(square / (self.nu - 2)))
+
+    def slope(self, square: Tensor, pulled: Tensor) -> Tensor:
+        """Its derivatives by n; `pulled` is ``P (n − centre)``."""
+        if math.isinf(self.nu):
+            return self.sign * pulled
+        factor = self.sign * (self.nu + _POINTS - 1) / (self.nu - 2) / (1 + square / (self.nu - 2))
+        return factor[:, None] * pulled
+
+
+class _Compiled(NamedTuple):
+    """What `OddsScore` reads besides the patches; of the edges w and u side by side, λ and c."""
+
+    forms: list[_Form]
+    precision: Tensor
+    axes: Tensor
+    curvature: Tensor
+    offset: float
+
 
 class _Tables(NamedTuple):
     """What the compiled loops read besides the coordinates, for one batch shape.
@@ -478,3 +521,20 @@ def _kernels() -> Any:
     from foveate.inference import kernels
 
     return kernels
+
+
+def _normalised(patch: Float[Tensor, "gaze 576"]) -> tuple[Float[Tensor, "gaze 576"], Float[Tensor, "gaze 1"]]:
+    """`foveate.model.patch.normalise` of flat patches, and by what it divided."""
+    centred = patch - patch.mean(-1, keepdim=True)
+    deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + NORMALISING_FLOOR**2)
+    return centred / deviation, deviation
+
+
+def _through_normalising(of_n: Tensor, n: Tensor, deviation: Tensor) -> Tensor:
+    """Derivatives by patches of mean zero from those by what `_normalised` made of them."""
+    return (of_n - n * (of_n * n).mean(-1, keepdim=True)) / deviation
+
+
+def _rowwise(x: Float[Tensor, "row n"], matrix: Float[Tensor, "n m"]) -> Float[Tensor, "row m"]:
+    """``x @ matrix``: BLAS gives a row the same bits in any batch of a multiple of four."""
+    return (torch.cat([x, x.new_zeros(-len(x) % 4, x.shape[1])]) @ matrix)[: len(x)]

@@ -58,8 +58,9 @@ def as_pyramid(pictures: Any) -> Pyramid:
 class SceneLikelihood(TorchDistribution):
     """The law of a scene given its patch's density: object over clutter, as the distribution of the site ``patch``.
 
-    ``log_prob(y) = (log p_object(y) − log p_clutter(y)) / temperature``: the log-odds of the patch, which is the
-    log-density of the whole picture up to a constant. Drawing from it draws the patch from the object's density.
+    ``log_prob(y) = (log p_object(y) − log p_clutter(y) + what its edges say) / temperature``: the log-odds of the
+    patch, which is the log-density of the whole picture up to a constant. Drawing from it draws the patch from the
+    object's density.
 
     Args:
         object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
@@ -67,8 +68,7 @@ class SceneLikelihood(TorchDistribution):
         temperature: 1 for the model as written; above 1 the odds are flattened (576 correlated pixels make them
             overconfident).
         batch_shape: of the site.
-        edges: what the patch's edges say beside its pixels, if anything; with a weight of its own, which the
-            temperature leaves alone.
+        edges: what the patch's edges say beside its pixels, if anything.
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
@@ -102,8 +102,9 @@ class SceneLikelihood(TorchDistribution):
         log_odds = self.object_density.log_prob(value)
         if self.clutter is not None:
             log_odds = log_odds - self.clutter.log_prob(value)
-        log_odds = log_odds / self.temperature
-        return log_odds if self.edges is None else log_odds + self.edges.log_odds(value)
+        if self.edges is not None:
+            log_odds = log_odds + self.edges.log_odds(value)
+        return log_odds / self.temperature
 
 
 class AttentionModel(PyroModule):

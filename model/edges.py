@@ -1,25 +1,34 @@
 r"""Edges as evidence: how much likelier a patch's oriented edges are under the object than under clutter.
 
 Pixels are a poor witness against clutter: fine detail that no two pictures share drowns what they have in common, and
-light, blur and a pixel of misalignment move hundreds of them together. Histograms of oriented gradients keep what is
-shared. Their laws under object and clutter are taken to be normal with one covariance S, so that the odds are linear,
+light, blur and a pixel of misalignment move hundreds of them together. Histograms of oriented gradients f keep what is
+shared. Of these 968 numbers 33 linear statistics z = Bᵀ f are scored:
 
-.. math:: \ell(f) = \log \frac{N(f; m_o, S)}{N(f; m_c, S)} = w^T f - \tfrac12 w^T (m_o + m_c), \qquad
-          w = S^{-1} (m_o - m_c)
+- the one that tells the means of object and clutter apart best, ``wᵀ f`` with ``w = S⁻¹ (m_o − m_c)`` and S the mean of
+  the two covariances (Hariharan, Malik & Ramanan 2012). A single statistic needs few examples: it carries over from
+  eighty crops to pictures of another collection, where a covariance of the pixels does not;
+- the 32 in which the object varies least beside clutter: the generalised eigenvectors of the two covariances with the
+  least values. What stays as it is in every object tells a gaze that is off a little from one that is not, which the
+  difference of the means does not.
 
-(Hariharan, Malik & Ramanan 2012 on histograms of gradients). A linear statistic of 968 numbers needs few examples: odds
-from eighty crops carry over to pictures of another collection, where a covariance of the pixels does not.
+Both laws of z are normal, each with its own mean and covariance (the object's drawn a quarter towards clutter's: it is
+that of few pictures), so that the odds are quadratic,
 
-The features are a function of the patch, so they are one more statistic of it whose law under clutter may be replaced
-by the object's (Baggenstoss's projection theorem). With the pixels beside them the object's law is clutter's, tilted,
+.. math:: \ell(f) = \log \frac{N(B^T f; \mu_o, \Sigma_o)}{N(B^T f; \mu_c, \Sigma_c)}
+                  = w^T f + c - \tfrac12 \sum_j \lambda_j (u_j^T f)^2 .
 
-.. math:: p_o(y) = p_c(y) \exp\big(\tfrac1T \ell_{pixels}(y) + \kappa\, \ell(f(y))\big),
+z is a function of the patch, so it is one more statistic of it whose law under clutter may be replaced by the object's
+(Baggenstoss's projection theorem). With the pixels beside it the object's law is clutter's, tilted,
 
-where T and κ keep what both statistics say from being counted twice. (`fit` gives both an equal say: it scales ℓ to
-have as wide a gap between object and clutter as the pixels' log-odds have, and sets κ = 1 / T.) That is a density as
-far as the tilt has mean one under clutter, which fitting the odds to examples of both sees to (Gutmann & Hyvärinen
-2010). `fit` counts windows that show the object in part to the examples that are not it, half of them: odds against
-clutter alone are wide in scale and place, and a gaze that is off a little is not the gaze either.
+.. math:: p_o(y) = p_c(y) \exp\Big(\tfrac1T \big(\ell_{pixels}(y) + \ell(f(y))\big)\Big),
+
+where the temperature T keeps what both statistics say from being counted twice, and the scale of ℓ is what edges have
+to say beside pixels (`foveate.inference.fit` sets both). That is a density as far as the tilt has mean one under
+clutter, which fitting the odds to examples of both sees to (Gutmann & Hyvärinen 2010). `fit` counts windows that show
+the object in part to the examples that are not it: odds against clutter alone are wide in scale and place, and a gaze
+that is off a little is not the gaze either. It also counts the windows that the odds of a first fit take for the object
+(Dalal & Triggs 2005): most of a picture is nothing like an object, and what tells the two apart is not what tells an
+object from the few things that resemble it.
 """
 
 import torch
@@ -32,33 +41,42 @@ from foveate.model.patch import from_density_coordinates
 
 __all__ = ["CHUNK", "EdgeOdds"]
 
-# Added to the covariance of the features, as a share of the mean variance under clutter.
+# Added to the covariances of the features, as a share of the mean variance under clutter.
 FLOOR = 0.03
+# Directions beside the difference of the means, and how far the object's covariance in them is drawn to clutter's.
+DIRECTIONS, SHRINKAGE = 32, 0.25
+# Added to the variances of z, all of the order of one, so that few examples still have laws.
+STEADY = 1e-3
 FEWEST = 10
 # Patches whose features are worked out together: 30 MB.
 CHUNK = 4096
 
 
 class EdgeOdds(nn.Module):
-    """Log-odds of the edges of a patch, object against clutter: linear in `foveate.model.identity.edges`.
+    """Log-odds of the edges of a patch, object against clutter: quadratic in `foveate.model.identity.edges`.
 
     Args:
         direction: ``(feature,)`` w.
-        offset: ``−½ wᵀ (m_o + m_c)``, nats.
-        weight: κ, by which the odds count beside those of the pixels.
+        offset: c, nats.
+        axes: ``(feature, axis)`` u.
+        curvature: ``(axis,)`` λ.
     """
 
     direction: Tensor
     offset: Tensor
-    weight: Tensor
+    axes: Tensor
+    curvature: Tensor
 
     def __init__(
-        self, direction: Float[Tensor, "feature"], offset: Float[Tensor, ""] | float = 0.0, weight: float = 1.0
+        self,
+        direction: Float[Tensor, "feature"],
+        offset: Float[Tensor, ""],
+        axes: Float[Tensor, "feature axis"],
+        curvature: Float[Tensor, " axis"],
     ) -> None:
         super().__init__()
-        self.register_buffer("direction", direction)
-        for name, value in (("offset", offset), ("weight", weight)):
-            self.register_buffer(name, torch.as_tensor(value, dtype=direction.dtype, device=direction.device).clone())
+        for name, value in (("direction", direction), ("offset", offset), ("axes", axes), ("curvature", curvature)):
+            self.register_buffer(name, value)
 
     @classmethod
     def fit(cls, of_object: Float[Tensor, "sample 575"], of_clutter: Float[Tensor, "other 575"]) -> "EdgeOdds":
@@ -73,21 +91,51 @@ class EdgeOdds(nn.Module):
                 f"at least {FEWEST} of each are needed to tell their edges apart"
             )
         (mean, covariance), (other_mean, other) = _moments(of_object), _moments(of_clutter)
-        pooled = 0.5 * (covariance + other)
-        pooled.diagonal().add_(FLOOR * other.diagonal().mean())
-        direction = torch.linalg.solve(pooled, mean - other_mean)
-        offset = -0.5 * direction @ (mean + other_mean)
-        return cls(direction.to(of_object.dtype), offset.to(of_object.dtype))
+        floor = FLOOR * other.diagonal().mean() * torch.eye(len(other), dtype=other.dtype)
+        apart = torch.linalg.solve(0.5 * (covariance + other) + floor, mean - other_mean)
+        apart = apart / torch.sqrt(apart @ (mean - other_mean))
+        basis = torch.cat([apart[:, None], _least_varying(covariance + floor, other + floor)], 1)
+        # Laws of z, the object's with index 0.
+        centres = mean @ basis, other_mean @ basis
+        spreads = [basis.T @ of @ basis for of in (covariance, other)]
+        spreads[0] = (1 - SHRINKAGE) * spreads[0] + SHRINKAGE * spreads[1]
+        for spread in spreads:
+            spread.diagonal().add_(STEADY)
+        precisions = [torch.linalg.inv(spread) for spread in spreads]
+        pulls = [precision @ centre for precision, centre in zip(precisions, centres, strict=True)]
+        least = [
+            -0.5 * (centre @ pull + torch.logdet(spread))
+            for centre, pull, spread in zip(centres, pulls, spreads, strict=True)
+        ]
+        curvature, turn = torch.linalg.eigh(precisions[0] - precisions[1])
+        form = basis @ (pulls[0] - pulls[1]), least[0] - least[1], basis @ turn, curvature
+        return cls(*(value.to(of_object.dtype) for value in form))
 
     @classmethod
     def blank(cls) -> "EdgeOdds":
         """A place to load a state into; it says nothing."""
-        return cls(torch.zeros(edges(torch.zeros(24, 24)).shape[-1]))
+        features = edges(torch.zeros(24, 24)).shape[-1]
+        axes = torch.zeros(features, 1 + DIRECTIONS)
+        return cls(torch.zeros(features), torch.zeros(()), axes, torch.zeros(1 + DIRECTIONS))
+
+    def scaled(self, factor: float) -> "EdgeOdds":
+        """`factor` times the odds."""
+        return EdgeOdds(factor * self.direction, factor * self.offset, self.axes, factor * self.curvature)
 
     def log_odds(self, y: Float[Tensor, "*batch 575"]) -> Float[Tensor, "*batch"]:
-        """κ times the log-odds of patches by their density coordinates, nats; differentiable."""
+        """Log-odds of patches by their density coordinates, nats; differentiable."""
         features = edges(from_density_coordinates(y))
-        return self.weight.to(y) * ((features * self.direction.to(y)).sum(-1) + self.offset.to(y))
+        quadratic = (features @ self.axes.to(y)).square() @ self.curvature.to(y)
+        return features @ self.direction.to(y) + self.offset.to(y) - 0.5 * quadratic
+
+
+def _least_varying(of_object: Float[Tensor, "n n"], of_clutter: Float[Tensor, "n n"]) -> Float[Tensor, "n axis"]:
+    """The directions in which the object varies least beside clutter, whose variance in them is one."""
+    root = torch.linalg.cholesky(of_clutter)
+    white = torch.linalg.solve_triangular(root, of_object, upper=False)
+    white = torch.linalg.solve_triangular(root, white.T, upper=False)
+    _, axes = torch.linalg.eigh(0.5 * (white + white.T))
+    return torch.linalg.solve_triangular(root.T, axes[:, :DIRECTIONS], upper=True)
 
 
 @torch.no_grad()

@@ -86,15 +86,23 @@ def test_the_area_under_the_curve_is_mann_and_whitneys_with_ties() -> None:
 
 
 def test_the_true_gaze_beats_random_ones_where_the_model_knows_the_object(run: Run, scenes: Scenes) -> None:
-    wins = beats_random_gazes(run.model, scenes, 200)
-    assert all(bool(won[0]) for won in wins.values())
+    assert scenes.gazes is not None
+    # Re-expressed by nothing, a gaze wins where it won; moved away from the object, it does not.
+    one = torch.ones(()).double()
+    moved = gazes.compose(scenes.gazes, gazes.from_parts(torch.tensor([30.0, 30.0]).double(), one, 0 * one))
+    for again, same in ((scenes.gazes.double(), True), (moved, False)):
+        wins = beats_random_gazes(run.model, scenes, again, count=200)
+        re_expressed = wins.pop("odds_re_expressed")
+        assert bool(re_expressed[0]) is same
+        assert all(bool(won[0]) for won in wins.values())
+    assert "odds_re_expressed" not in beats_random_gazes(run.model, scenes, count=2)
     # Odds of a density against itself are 0 everywhere: nothing beats anything.
     core = run.model.dbn.core
     level = AttentionModel(
         run.model.dbn, ClutterModel(EllipticalDensity.from_axes(core.mean, core.axes, core.variances, core.nu))
     )
     level.baselines = run.model.baselines
-    wins = beats_random_gazes(level, scenes, 200)
+    wins = beats_random_gazes(level, scenes, count=200)
     assert not bool(wins["odds"].any()) and not bool(wins["odds_elsewhere"].any())
 
 
@@ -147,7 +155,7 @@ def test_the_command_reports_every_figure_of_every_spec(
     save(run, tmp_path / "run")
     Likelihood(
         source=tmp_path / "run",
-        data=("one", "two"),
+        data=("orl@train", "orl@test"),
         clutter="none",
         out=tmp_path / "out",
         random=20,
@@ -157,7 +165,11 @@ def test_the_command_reports_every_figure_of_every_spec(
     ).run()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "failures.png"}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["data"]) == ["one", "two"]
+    assert list(results["data"]) == ["orl@train", "orl@test"]
+    of_train, of_test = results["data"].values()
+    # Labels are compared on the training scenes of what is tested.
+    assert of_train["label_convention"] is None and "odds_re_expressed" not in of_train["beats_random"]
+    assert len(of_test["label_convention"]) == 4 and "gain_re_expressed" in of_test["sampling"][0]
     for found in results["data"].values():
         margin = found["bound_nats"] - 2 * 0.25 - found["bound_student_t"]
         assert found["margin_student_t"] == pytest.approx(margin, abs=1e-3)
@@ -174,7 +186,7 @@ def test_the_command_reports_every_figure_of_every_spec(
         assert found["ranking"]["oracle"] >= max(found["ranking"]["odds"], found["ranking"]["evidence"])
     assert len(results["failures"]) == 4
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert table[0] == "| figure | one | two |" and all(line.count("|") == 4 for line in table)
+    assert table[0] == "| figure | orl@train | orl@test |" and all(line.count("|") == 4 for line in table)
     assert "bound of the prior" in capsys.readouterr().out
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import localisation
 from foveate.experiments.cli import main
-from foveate.experiments.localisation import ERRORS, METHODS, Localisation, label_convention, starts_off_by
+from foveate.experiments.conventions import label_convention
+from foveate.experiments.localisation import ERRORS, METHODS, Localisation, starts_off_by
 from foveate.experiments.training import Budget
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide

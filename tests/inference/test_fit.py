@@ -195,7 +195,7 @@ def test_the_guide_becomes_a_prior_where_pictures_say_nothing_and_it_is_right(wi
     assert figures["validation_log_density"] >= figures["validation_log_density_without_guide_prior"] - 0.05
 
 
-def test_edges_and_pixels_are_given_an_equal_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(8)
     pyramid = Pyramid.build([torch.rand(80, 80, generator=generator) for _ in range(6)])
     truth = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(6, 4)
@@ -204,15 +204,15 @@ def test_edges_and_pixels_are_given_an_equal_say(monkeypatch: pytest.MonkeyPatch
     y, others = density_coordinates(crops), []
     model = quick_model()
     model.dbn.core = EllipticalDensity.from_axes(y.mean(0), torch.eye(575), torch.full((575,), 0.3))
-    model.edges = EdgeOdds(torch.zeros(968), weight=0.25)
     proper = ClutterModel.fit
     monkeypatch.setattr(ClutterModel, "fit", classmethod(lambda cls, y: others.append(y) or proper(y)))
     fitting.fit_clutter(model, y, GuideData(pyramid, truth, crops[:6]), generator, 1000)
-    assert float(model.edges.weight) == 0.25
-    edges = EdgeOdds(model.edges.direction, model.edges.offset)
+    edges = model.edges
+    assert edges is not None
     pixels = SceneLikelihood(*model.marginal_densities(), 1.0, torch.Size([]))
     gaps = [float(score(y).mean() - score(others[0]).mean()) for score in (pixels.log_prob, edges.log_odds)]
-    assert gaps[0] > 0 and gaps[1] == pytest.approx(gaps[0], rel=1e-3)  # float32 sums of hundreds of nats
+    # Float32 sums of hundreds of nats.
+    assert gaps[0] > 0 and gaps[1] == pytest.approx(fitting.EDGES_SAY * gaps[0], rel=1e-3)
 
 
 def test_edges_count_what_shows_the_object_in_part_to_what_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,9 +262,8 @@ def test_edges_share_the_temperature_which_is_low_where_they_know_where_the_obje
         model, guide = quick_model(), GazeGuide(4)
         model.edges = EdgeOdds.fit(seen.expand(12, -1), other.flatten(0, 1))
         if not right:
-            model.edges.direction.mul_(-1)
+            model.edges = model.edges.scaled(-1.0)
         figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd)], [truth])
-        assert float(model.edges.weight) == 1 / model.temperature  # a power of two
         chosen = figures["variants"]["with_guide_prior" if figures["guide_prior"] else "without_guide_prior"]
         assert chosen == {"temperature": model.temperature, "noise": model.noise}
         temperatures.append(model.temperature)

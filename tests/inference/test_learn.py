@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from foveate.data import Scenes, UnlabelledScenes, compose_scenes, orl_clutter, 
 from foveate.inference import guide_training
 from foveate.inference.attend import Candidates, search
 from foveate.inference.checkpoint import Run, save
-from foveate.inference.fit import fit
+from foveate.inference.fit import fit, fit_clutter
 from foveate.inference.guide import GazeGuide
 from foveate.inference.learn import Monitor, learn
 from foveate.inference.potential import GazePotential
@@ -101,6 +102,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "train_glance", quick_training)
     monkeypatch.setattr(learning, "train_looks", quick_training)
     monkeypatch.setattr(learning, "weigh_evidence", quick_weighing)
+    monkeypatch.setattr(learning, "fit_clutter", partial(fit_clutter, count=500))
     monkeypatch.setattr(learning, "PART", 16)
     monkeypatch.setattr(learning, "DRAWS", 3)
     monkeypatch.setattr(learning, "WARMUP", 2)

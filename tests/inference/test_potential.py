@@ -56,9 +56,10 @@ def odds_score(dtype: torch.dtype = torch.float64, nu: float = 8.0) -> OddsScore
 
 
 def edged_score(dtype: torch.dtype = torch.float64) -> OddsScore:
-    direction = torch.randn(968, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
+    random = torch.randn(968, 34, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
+    edges = EdgeOdds(random[:, 0], random[0, 0], random[:, 1:], 0.1 * random[1, 1:])
     pixels = odds_score(dtype)
-    return OddsScore(pixels.object, pixels.clutter, 3.0, edges=EdgeOdds(direction, 2.0, 0.5))
+    return OddsScore(pixels.object, pixels.clutter, 3.0, edges=edges)
 
 
 def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:

@@ -280,7 +280,8 @@ def test_the_log_density_has_the_gradient_that_differences_find(double: Toy) -> 
 
 def test_edges_are_added_to_the_collapsed_odds_and_leave_the_other_forms_alone(double: Toy) -> None:
     full, pyramid = double.model, Pyramid.build(double.pictures)
-    edges = EdgeOdds(torch.randn(968, dtype=torch.float64), 1.0, 0.3)
+    random = torch.randn(968, 6, dtype=torch.float64)
+    edges = EdgeOdds(random[:, 0], torch.tensor(1.0).double(), random[:, 1:], random[0, 1:])
     for latent in ("collapsed", "full"):
         densities = []
         for given in (None, edges):
@@ -289,7 +290,7 @@ def test_edges_are_added_to_the_collapsed_odds_and_leave_the_other_forms_alone(d
             trace = pyro.poutine.trace(pyro.condition(model, {"gaze": double.gaze})).get_trace(pyramid)
             densities.append(trace.nodes["patch"]["fn"].log_prob(trace.nodes["patch"]["value"]))
         y = density_coordinates(pyramid.extract(double.gaze[:, None])[:, 0])
-        gain = edges.log_odds(y) if latent == "collapsed" else torch.zeros(2, dtype=torch.float64)
+        gain = edges.log_odds(y) / 3.0 if latent == "collapsed" else torch.zeros(2, dtype=torch.float64)
         torch.testing.assert_close(densities[1] - densities[0], gain, rtol=1e-9, atol=1e-7)  # float64
 
 

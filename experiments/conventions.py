@@ -1,0 +1,68 @@
+"""What squares other people drew: the similarity by which a collection's labels differ from those a run was taught.
+
+Convention (the whole module): gazes as in `foveate.model.gaze`, scene pixels; a label t and the gaze u that a run finds
+differ by δ on the canonical side, ``t = u ∘ δ``, so that δ's offset is in canonical pixels.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.data import Scenes
+from foveate.data.scenes import parse_spec
+from foveate.experiments.options import announce
+from foveate.inference.attend import attend
+from foveate.inference.checkpoint import Run
+from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
+
+__all__ = ["COMPARED", "convention_of", "label_convention", "re_expressed", "training_scenes"]
+
+# Training scenes whose labels are compared at most, and how they are attended to.
+COMPARED = 120
+LIGHT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40}
+
+
+def label_convention(found: Float[Tensor, "scene 4"], truth: Float[Tensor, "scene 4"]) -> Float[Tensor, "4"] | None:
+    """The similarity δ by which labels differ from what a run was taught: truth ≈ found ∘ δ; None if nothing is found.
+
+    The medians, over the scenes found, of the offset (canonical pixels), the log-scale and the rotation of
+    ``found⁻¹ ∘ truth``. Labels are re-expressed in the run's own convention as ``truth ∘ δ⁻¹``.
+
+    Args:
+        found: reported gazes of training scenes of the labelled collection.
+        truth: their labels.
+    """
+    near = gazes.overlap(found.double(), truth.double()) > 0.5
+    if not bool(near.any()):
+        return None
+    centre, scale, rotation = gazes.parts(gazes.compose(gazes.inverse(found.double()), truth.double()))
+    of_centre = centre[near].median(0).values
+    return gazes.from_parts(of_centre, scale[near].log().median().exp(), rotation[near].median())
+
+
+def re_expressed(truth: Float[Tensor, "scene 4"], convention: Float[Tensor, "4"]) -> Float[Tensor, "scene 4"]:
+    """Labels as the run would have drawn them: ``truth ∘ δ⁻¹``."""
+    return gazes.compose(truth.double(), gazes.inverse(convention))
+
+
+def convention_of(run: Run, train: Scenes, seed: int = 0) -> Float[Tensor, "4"] | None:
+    """`label_convention` of up to `COMPARED` training scenes, spread over all of them, with no initial gaze."""
+    rows = torch.linspace(0, len(train) - 1, min(COMPARED, len(train))).round().long()
+    compared = train.subset(rows)
+    found = attend(run.model, run.guide, compared, progress=True, seed=seed, **LIGHT)
+    assert compared.gazes is not None
+    return label_convention(found.mean_gaze, compared.gazes)
+
+
+def training_scenes(spec: str, seed: int = 0) -> Scenes | None:
+    """The scenes of the same collection that may be learned from, for a SPEC of test scenes; None without any."""
+    if parse_spec(spec).split != "test":
+        return None
+    try:
+        return Scenes.from_spec(f"{spec.removesuffix('@test')}@train", seed=seed).labelled()
+    except InputError as error:
+        announce(f"{spec}: labels are not compared with those trained on ({error})")
+        return None
