@@ -303,6 +303,26 @@ def test_integrated_odds_are_the_quadrature_of_the_posterior(world: World) -> No
             assert found == pytest.approx(estimate, abs=0.02)
 
 
+def test_integrated_odds_of_some_modes_are_those_among_all(world: World) -> None:
+    pyramid = Pyramid.build(world.scenes.pictures([0, 1]), oversampling=2.0, smallest=0.07)
+    off = torch.randn(2, 3, 2).double()
+    gaze = gazes.compose(world.start[:2, None], gazes.from_parts(off, off[..., 0].exp(), 0.1 * off[..., 1]))
+    sd = 0.5 + torch.rand(2, 3, 4).double()
+    every = integrated_odds(world.model, pyramid, gaze, sd)
+    scene, mode = torch.tensor([1, 0, 1]), torch.tensor([0, 2, 2])
+    some = integrated_odds(world.model, pyramid, gaze[scene, mode][:, None], sd[scene, mode][:, None], scene=scene)
+    torch.testing.assert_close(some[:, 0], every[scene, mode], rtol=1e-4, atol=1e-3)  # float32 sums, in other batches
+
+
+def test_of_end_points_that_are_nearly_one_the_one_that_looks_led_to_is_weighed() -> None:
+    """Two proposals (first half) and where the looks led from each: the second stayed, and the first went there."""
+    at = torch.tensor([[1.0, 0.0, 50.0, 50.0], [1.0, 0.0, 90.3, 40.0], [1.0, 0.0, 90.2, 40.1], [1.0, 0.0, 90.0, 40.0]])
+    first = attending._first_of_its_place(at[None].double())
+    assert first.tolist() == [[True, False, True, False]]
+    alone = attending._first_of_its_place(at[None, :1].double())
+    assert alone.tolist() == [[True]]
+
+
 def test_a_given_start_is_where_the_path_begins_and_nothing_is_searched(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
