@@ -42,7 +42,7 @@ PROPOSALS, FOLLOWED, MERGE = 12, 6, 0.3
 # The overlap beyond which two end points are so nearly one that only one is weighed.
 SAME = 0.9
 # Points of the quasi-random rule that integrates a mode, and how much wider than the guide's belief it spreads.
-POINTS, SPREAD = 64, 1.5
+POINTS, SPREAD = 32, 1.5
 # Points among which chains find their starts.
 START_POINTS = 256
 # The guide's sds, in chart units, are kept within these when they set the width of a mode.
