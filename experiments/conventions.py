@@ -18,10 +18,11 @@ from foveate.inference.checkpoint import Run
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 
-__all__ = ["COMPARED", "convention_of", "label_convention", "re_expressed", "training_scenes"]
+__all__ = ["COMPARED", "LIGHT", "convention_of", "label_convention", "re_expressed", "training_scenes"]
 
-# Training scenes whose labels are compared at most, and how they are attended to.
+# Training scenes whose labels are compared at most.
 COMPARED = 120
+# Sampling where many posteriors are needed and none exactly.
 LIGHT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40}
 
 

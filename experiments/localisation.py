@@ -28,7 +28,7 @@ from torch import Tensor
 
 from foveate.data import Scenes, orl_clutter
 from foveate.data.scenes import parse_spec
-from foveate.experiments.conventions import COMPARED, convention_of, re_expressed, training_scenes
+from foveate.experiments.conventions import COMPARED, LIGHT, convention_of, re_expressed, training_scenes
 from foveate.experiments.detectors import Detector, HaarDetector, TemplateSearch, require_opencv
 from foveate.experiments.figures import (
     Convergence,
@@ -58,8 +58,6 @@ ERRORS = {"offset": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), "scale": (0.5, 0.71, 1.41
 TOLD = {"offset": "{:g} widths off", "scale": "scale × {:g}", "rotation": "{:g}° turned"}
 # Looks of the guide before sampling; how many are followed to see where they end, and what counts as being there.
 LOOKS, FOLLOWED, THERE = 4, 8, 0.01
-# Sampling where many posteriors are needed and none exactly.
-LIGHT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40}
 # Scenes of a collection that are shown step by step.
 SHOWN = 5
 BATCH = 16

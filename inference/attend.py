@@ -171,7 +171,7 @@ def search(
     sd = (log_sd.exp() * end.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE)
     presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
     knows = _knows_people(model)
-    found = found & _first_of_its_place(end)
+    found = _first_of_its_place(end, found)
     where = found.nonzero()[:, 0]
     whom = None if knows or canonical is None else canonical[where]
     features = torch.stack([torch.full_like(presence, -math.inf)] * 2 + [presence], -1)
@@ -540,14 +540,16 @@ def _stock(
     return draws, {"lp": lp, "diverging": diverging}
 
 
-def _first_of_its_place(end: Float[Tensor, "scene mode 4"]) -> Bool[Tensor, "scene mode"]:
-    """Which end points lie elsewhere than those before them; where looks led comes before what was proposed."""
-    count, k = end.shape[:2]
-    overlap = (gazes.overlap(end[:, :, None], end[:, None, :]) > SAME).cpu()
-    first = torch.zeros(count, k, dtype=torch.bool)
+def _first_of_its_place(
+    end: Float[Tensor, "scene mode 4"], found: Bool[Tensor, "scene mode"]
+) -> Bool[Tensor, "scene mode"]:
+    """Those found that lie elsewhere than those before them; where looks led comes before what was proposed."""
+    k = end.shape[1]
+    overlap = gazes.overlap(end[:, :, None], end[:, None, :]) > SAME
+    first = torch.zeros_like(found)
     for j in [*range(k // 2, k), *range(k // 2)]:
-        first[:, j] = ~(overlap[:, j] & first).any(-1)
-    return first.to(end.device)
+        first[:, j] = found[:, j] & ~(overlap[:, j] & first).any(-1)
+    return first
 
 
 def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path: Tensor, modes: int) -> Candidates:

@@ -250,8 +250,9 @@ def _fill(module: nn.Module, where: Path) -> None:
                 "files are not of one run: copy it again"
             )
         _require_numbers(name, tensor, where)
-    # assign: the tensors keep the dtype they were saved with.
-    module.load_state_dict(tensors, assign=True)
+    # assign: the tensors keep the dtype they were saved with. Copies begin where memory is aligned, as tensors that
+    # never were in a file do: BLAS sums in another order elsewhere.
+    module.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
 
 
 def _require_numbers(name: str, tensor: Tensor, where: Path) -> None:

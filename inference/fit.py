@@ -250,6 +250,13 @@ def fit_clutter(
     What edges say is scaled to have a gap between the object's crops and clutter that is `EDGES_SAY` times as wide as
     that of the pixels. Scenes held out could not weigh the two: they are of the training scenes' kind, where pixels
     judge best, and on another kind it is edges that are still known.
+
+    Args:
+        model: whose clutter model and edges are replaced; its prior is what the pixels are weighed by.
+        of_object: density coordinates of crops of the object.
+        data: scenes with gazes (scene pixels, `foveate.model.gaze`), and pictures without the object if there are any.
+        generator: of the windows.
+        count: windows of each kind.
     """
     y = density_coordinates(_other_windows(data, count, 0.05, generator)).float()
     model.clutter = ClutterModel.fit(y)

@@ -317,10 +317,13 @@ def test_integrated_odds_of_some_modes_are_those_among_all(world: World) -> None
 def test_of_end_points_that_are_nearly_one_the_one_that_looks_led_to_is_weighed() -> None:
     """Two proposals (first half) and where the looks led from each: the second stayed, and the first went there."""
     at = torch.tensor([[1.0, 0.0, 50.0, 50.0], [1.0, 0.0, 90.3, 40.0], [1.0, 0.0, 90.2, 40.1], [1.0, 0.0, 90.0, 40.0]])
-    first = attending._first_of_its_place(at[None].double())
+    every = torch.ones(1, 4, dtype=torch.bool)
+    first = attending._first_of_its_place(at[None].double(), every)
     assert first.tolist() == [[True, False, True, False]]
-    alone = attending._first_of_its_place(at[None, :1].double())
-    assert alone.tolist() == [[True]]
+    # What was not found takes nobody's place.
+    missing = torch.tensor([[True, True, False, False]])
+    assert attending._first_of_its_place(at[None].double(), missing).tolist() == [[True, True, False, False]]
+    assert attending._first_of_its_place(at[None, :1].double(), every[:, :1]).tolist() == [[True]]
 
 
 def test_a_given_start_is_where_the_path_begins_and_nothing_is_searched(

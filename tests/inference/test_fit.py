@@ -215,6 +215,20 @@ def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch
     assert gaps[0] > 0 and gaps[1] == pytest.approx(fitting.EDGES_SAY * gaps[0], rel=1e-3)
 
 
+def test_of_many_windows_those_with_the_highest_odds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MINED", 4)
+    pyramid = Pyramid.build([torch.rand(80, 80, generator=torch.Generator().manual_seed(k)) for k in range(6)])
+    data = GuideData(pyramid, torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(6, 4), torch.rand(6, 24, 24))
+    model = quick_model()
+    kept = fitting._likeliest_windows(model, data, 40, torch.Generator().manual_seed(3))
+    again = torch.Generator().manual_seed(3)
+    every = torch.cat([fitting._other_windows(data, 40, 0.5, again) for _ in range(4)])
+    best = model.log_odds(every).topk(40).values
+    likelihood = SceneLikelihood(*model.marginal_densities(), model.temperature, torch.Size([]))
+    # Compiled float32 energies against PyTorch's.
+    torch.testing.assert_close(likelihood.log_prob(kept).sort(descending=True).values, best, rtol=1e-4, atol=1e-2)
+
+
 def test_edges_count_what_shows_the_object_in_part_to_what_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside odds that were fitted to clutter alone, windows that are off the face a little lie farther from it."""
     pyramid, truth = {}, {}
