@@ -509,6 +509,14 @@ class Scenes(_PictureList):
         """
         return Scenes(self._pictures, self._names, self._gazes, people, splits or self._splits, self._cache)
 
+    def with_gazes(self, gazes: Float[Tensor, "scene 4"]) -> "Scenes":
+        """The same scenes with other gazes.
+
+        Raises:
+            InputError: not one gaze per scene.
+        """
+        return Scenes(self._pictures, self._names, gazes, self._people, self._splits, self._cache)
+
     def without_gazes(self) -> UnlabelledScenes:
         """The pictures and names alone, in a type that carries no label."""
         return UnlabelledScenes(self._pictures, self._names, self._cache)

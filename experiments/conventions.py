@@ -1,9 +1,10 @@
-"""What squares other people drew: the similarity by which a collection's labels differ from those a run was taught.
+"""What squares other people drew: collections are taught in one convention, and labels compared with what runs report.
 
 Convention (the whole module): gazes as in `foveate.model.gaze`, scene pixels; a label t and the gaze u that a run finds
 differ by δ on the canonical side, ``t = u ∘ δ``, so that δ's offset is in canonical pixels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,57 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.data import Scenes
-from foveate.data.scenes import parse_spec
+from foveate.data.joining import in_one_convention
+from foveate.data.scenes import SPEC_HELP, parse_spec
 from foveate.experiments.options import announce
 from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 
-__all__ = ["COMPARED", "LIGHT", "convention_of", "label_convention", "re_expressed", "training_scenes"]
+__all__ = [
+    "COMPARED",
+    "LIGHT",
+    "convention_of",
+    "label_convention",
+    "labelled_scenes",
+    "re_expressed",
+    "training_scenes",
+]
 
 # Training scenes whose labels are compared at most.
 COMPARED = 120
 # Sampling where many posteriors are needed and none exactly.
 LIGHT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40}
+
+
+def labelled_scenes(specs: Sequence[str], seed: int = 0) -> tuple[Scenes, dict[str, Any]]:
+    """What a run is taught: the labelled scenes of all SPECs, their labels as the first collection's would be drawn.
+
+    Returns:
+        The scenes, and ``{"label_differences": {SPEC: [a, b, tx, ty] or None}}`` for the run's configuration: the
+        similarity δ of `foveate.data.joining.label_difference` for every SPEC after the first; nothing for one alone.
+
+    Raises:
+        InputError: no SPEC was given, or one is wrong.
+    """
+    if not specs:
+        raise InputError(f"no SPEC was given; {SPEC_HELP}")
+    collections = [Scenes.from_spec(spec, seed=seed).labelled() for spec in specs]
+    if len(collections) == 1:
+        return collections[0], {}
+    joined, differences = in_one_convention(collections)
+    for spec, difference in zip(specs[1:], differences[1:], strict=True):
+        if difference is None:
+            announce(f"{spec}: does not look like {specs[0]} where it is labelled; its labels stay as they are")
+            continue
+        (right, down), scale, rotation = gazes.parts(difference)
+        announce(
+            f"{spec}: labels differ from those of {specs[0]} by {right:+.2f} canonical pixels to the right, "
+            f"{down:+.2f} down, a factor of {scale:.3f} in size and {rotation.rad2deg():+.1f}°; they are re-expressed"
+        )
+    told = {spec: None if d is None else d.tolist() for spec, d in zip(specs[1:], differences[1:], strict=True)}
+    return Scenes.concatenate(joined), {"label_differences": told}
 
 
 def label_convention(found: Float[Tensor, "scene 4"], truth: Float[Tensor, "scene 4"]) -> Float[Tensor, "4"] | None:

@@ -29,13 +29,13 @@ class LearningBudget:
     """How long to learn.
 
     Attributes:
-        rounds: of looking and learning, at most: it stops by itself where a round has drifted.
+        rounds: of looking and learning, at most: it stops by itself where it has drifted or settled.
         glance_steps: of the guide's peripheral half, in each round.
         look_steps: of its foveal half, in each round.
         dbn_steps: of the deep belief network, in each round at most.
     """
 
-    rounds: int = 4
+    rounds: int = 8
     glance_steps: int = 1500
     look_steps: int = 800
     dbn_steps: int = 1200

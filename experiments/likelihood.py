@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from foveate.data import Scenes
-from foveate.experiments.conventions import convention_of, re_expressed, training_scenes
+from foveate.experiments.conventions import convention_of, labelled_scenes, re_expressed, training_scenes
 from foveate.experiments.figures import EnergyPath, energy_paths_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
@@ -85,7 +85,7 @@ class Likelihood(Common):
             raise InputError("no SPEC was given: name the scenes to report on with --data")
         scenes = {spec: Scenes.from_spec(spec, seed=self.seed).labelled() for spec in self.data}
         clutter = Scenes.from_clutter_spec(self.clutter, seed=self.seed)
-        taught = Scenes.from_specs(self.diagonal, seed=self.seed).labelled() if self.diagonal else None
+        taught = labelled_scenes(self.diagonal, self.seed)[0] if self.diagonal else None
         announce(
             f"{sum(map(len, scenes.values()))} scenes and {len(clutter)} of clutter; the output goes to {self.out}"
         )

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from foveate.data import Scenes, orl_clutter
 from foveate.data.scenes import parse_spec
-from foveate.experiments.conventions import COMPARED, LIGHT, convention_of, re_expressed, training_scenes
+from foveate.experiments.conventions import (
+    COMPARED,
+    LIGHT,
+    convention_of,
+    labelled_scenes,
+    re_expressed,
+    training_scenes,
+)
 from foveate.experiments.detectors import Detector, HaarDetector, TemplateSearch, require_opencv
 from foveate.experiments.figures import (
     Convergence,
@@ -121,14 +128,14 @@ class Localisation(Common):
         require_opencv()
         began = time.perf_counter()
         collections = [_collection(spec, self.seed) for spec in self.data or ("orl@test",)]
-        train = Scenes.from_specs(self.train or ("orl@train",), seed=self.seed).labelled()
+        train, labels = labelled_scenes(self.train or ("orl@train",), self.seed)
         empty = _empty(self.empty, self.seed)
         given = [open_run(path, self.torch_device) for path in self.runs]
         announce(f"{len(collections)} collections, {len(given) or self.seeds} seeds; everything goes to {self.out}")
         for scenes in (train, *(c.scenes for c in collections), *([] if empty is None else [empty])):
             scenes.preload(progress=sys.stderr.isatty())
 
-        runs = given or self._trained(train)
+        runs = given or self._trained(train, labels)
         seen: list[list[Seen]] = [[] for _ in collections]
         presence: list[Tensor] = []
         for k, run in enumerate(runs):
@@ -172,7 +179,7 @@ class Localisation(Common):
             print_table(TABLE_1, _table_1(of_collection))
         print(f"\n{self.out / 'results.md'}")
 
-    def _trained(self, train: Scenes) -> list[Run]:
+    def _trained(self, train: Scenes, labels: dict[str, Any]) -> list[Run]:
         """A run for every seed; those that are there already, of the same seed, budget and number of scenes, are kept.
 
         Raises:
@@ -193,7 +200,7 @@ class Localisation(Common):
                     )
             else:
                 announce(f"training on {len(train)} scenes, seed {k}; the run goes to {folder}")
-                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device)
+                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels)
             runs.append(open_run(folder, self.torch_device))
         return runs
 

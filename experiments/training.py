@@ -14,6 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from foveate.data import Scenes, orl_clutter
+from foveate.experiments.conventions import labelled_scenes
 from foveate.experiments.figures import Sheet, sheets_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least, require_steps
 from foveate.experiments.outputs import check_picture, check_run, save_figure, write_text
@@ -50,7 +51,8 @@ class Train(Common):
     """Learn the model and the guide from scenes with known gazes.
 
     Attributes:
-        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable.
+        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable:
+            labels of later collections are re-expressed as the first one's labeller would have drawn them.
         clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by
             default those, where scikit-image is installed, else windows of the scenes that miss the object.
         out: the run, a folder; an earlier run there is replaced.
@@ -70,13 +72,13 @@ class Train(Common):
         unfinished = unfinished_training(self.out)
         if unfinished.exists() and not self.resume:
             raise InputError(f"{unfinished}: holds unfinished training; go on with --resume, or remove that folder")
-        scenes = Scenes.from_specs(self.data, seed=self.seed).labelled()
+        scenes, labels = labelled_scenes(self.data, self.seed)
         clutter = default_clutter(self.clutter, self.seed)
         announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
         if clutter is not None:
             clutter.preload(progress=sys.stderr.isatty())
-        run = fit_logged(scenes, clutter, self.out, self.budget, self.seed, self.torch_device)
+        run = fit_logged(scenes, clutter, self.out, self.budget, self.seed, self.torch_device, labels)
         print(f"{self.out}: accuracy on scenes held out {run.config['validation_accuracy']:.3f}")
 
 
@@ -102,8 +104,18 @@ class Sample(Common):
         save_figure(prior_figure(run.model.dbn, self.count, self.seed), self.out)
 
 
-def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget, seed: int, device: str) -> Run:
+def fit_logged(
+    scenes: Scenes,
+    clutter: Scenes | None,
+    out: Path,
+    budget: Budget,
+    seed: int,
+    device: str,
+    labels: dict[str, Any] | None = None,
+) -> Run:
     """`foveate.inference.fit.fit` with progress bars; the run, with the log of its training, goes to `out`.
+
+    What is known of the scenes' `labels` (see `labelled_scenes`) goes into its configuration.
 
     Training that was interrupted goes on from `unfinished_training`, and its log with it.
     """
@@ -137,6 +149,7 @@ def fit_logged(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget
             checkpoint=unfinished,
             resume=True,
         )
+    run = Run(run.model, run.guide, run.config | (labels or {}))
     save(run, out, log.values())
     return run
 

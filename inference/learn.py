@@ -5,9 +5,10 @@ where they ended in the round before if the mode is still there; the patches und
 prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
 anew.
 
-Where the start takes its guide's belief as a prior of the gaze, every E-step does so, too: it holds the chains where
-the odds do not know the population yet. The run that comes out does not: by then they do, and a guide that was trained
-on draws would only confirm them.
+Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
+where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
+then seen the population, and a guide that was trained on draws would confirm them, wrong ones as well, so that what is
+found would scatter more from round to round.
 
 Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
 that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
@@ -15,7 +16,8 @@ where it has changed its mind, teaches little; nothing is cut off for good.
 
 Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
 was sure of in them has drifted; one that is less sure of them than the start was has learned its own scenes by heart.
-Either is dropped, and learning stops. It also stops where two rounds hardly agree.
+Either is dropped, and learning stops. It has also ended where the run grows no surer of what it learns from: a few
+thousand scenes take four or five rounds, a few hundred take more.
 """
 
 import json
@@ -73,6 +75,8 @@ HELD_OUT, MOST_HELD_OUT = 0.1, 120
 # Of what the start was sure of, a round must find at least this share again. A start is not always right where it is
 # surest, so that a better round may well lose some of it.
 RETAINED = 0.75
+# Learning has settled where a round is surer of the scenes it learns from than the one before by less than this.
+SETTLED = 0.02
 # Learning rates, as shares of the bootstrap's: the guide goes on from where it is.
 RATE = 0.7
 
@@ -120,7 +124,7 @@ def learn(
     scenes: UnlabelledPictures,
     clutter: ScenePictures | None = None,
     *,
-    rounds: int = 4,
+    rounds: int = 8,
     glance_steps: int = 1500,
     look_steps: int = 800,
     dbn_steps: int = 1200,
@@ -139,7 +143,7 @@ def learn(
         run: where to start: knows the object from other pictures (`foveate.inference.fit`). It is not changed.
         scenes: pictures and names; a type that carries labels is refused.
         clutter: pictures without the object; None takes windows that miss what was found.
-        rounds: of E-step and M-step, at most: learning stops where a round has drifted.
+        rounds: of E-step and M-step, at most: learning stops where a round has drifted and where it has settled.
         glance_steps: of the guide's peripheral half in each round.
         look_steps: of its foveal half in each round.
         dbn_steps: of the prior in each round, at most (it stops itself).
@@ -224,6 +228,7 @@ def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) 
     run = _stage(folder / "start", lambda: start, device)
     first = before_held = _expectation(run, plan, _Parts(folder / "round_0" / "held", held, "looking, start"), None, 0)
     before: _Parts | None = None
+    sure = 0.0
     monitors = [_monitor(run, 0, before_held, first, first, 0, 0.0)]
     if each_round:
         each_round(monitors[0], run)
@@ -249,12 +254,10 @@ def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) 
         if not monitor.accepted:
             break
         run, before, before_held = learned, found, after
-    config = run.config
-    if sum(monitor.accepted for monitor in monitors) > 1:
-        config = _without_guide_prior(run.model, run.guide, config)
-        # The factor on the sds was that of the start's posterior; scenes without labels know no other.
-        config = {name: value for name, value in config.items() if name != "coverage_factor"}
-    return Run(run.model, run.guide, config | {"learning": [m._asdict() for m in monitors]})
+        if monitor.certainty < sure + SETTLED:
+            break
+        sure = monitor.certainty
+    return Run(run.model, run.guide, run.config | {"learning": [m._asdict() for m in monitors]})
 
 
 def _stage(place: Path, make: Callable[[], Run], device: torch.device) -> Run:
@@ -405,7 +408,11 @@ def _maximisation(
         validation = density_coordinates(held.read("crops")[:, 0])
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        return _weighed(Run(model, following.guide.to(device).eval(), following.config), plan, held, number)
+        guide = following.guide.to(device).eval()
+        config = _without_guide_prior(model, guide, following.config)
+        # The factor on the sds was that of the start's posterior; scenes without labels know no other.
+        config = {name: value for name, value in config.items() if name != "coverage_factor"}
+        return _weighed(Run(model, guide, config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
     # The rates are the bootstrap's, see `train_glance` and `train_looks`.

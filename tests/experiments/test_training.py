@@ -1,4 +1,4 @@
-"""The command `train`, broken off and resumed."""
+"""The command `train`: broken off and resumed, and what it is taught."""
 
 import importlib
 import json
@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from foveate.data import orl_clutter, orl_scenes
+from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments.cli import main
+from foveate.experiments.conventions import labelled_scenes
+from foveate.inference.checkpoint import load
+from foveate.model import gaze as gazes
 
 # The package's function `fit` hides the module of the same name.
 fitting = importlib.import_module("foveate.inference.fit")
@@ -19,16 +23,19 @@ def test_training_that_was_interrupted_is_resumed_to_the_same_guide(
 ) -> None:
     small = ((96, 120),)
     scenes = orl_scenes("train", 14, sizes=small)
-    monkeypatch.setattr("foveate.data.Scenes.from_specs", lambda specs, seed: scenes)
+    parts = {"orl@train": scenes[:8], "orl@test": scenes[8:]}
+    monkeypatch.setattr("foveate.data.Scenes.from_spec", lambda spec, seed: parts[spec])
     monkeypatch.setattr(
         "foveate.experiments.training.default_clutter", lambda spec, seed: orl_clutter("train", 2, sizes=small)
     )
     steps = ["--glance-steps", "3", "--look-steps", "3", "--dbn-steps", "2"]
 
     def train(out: str, *more: str) -> int:
-        return main(["train", "--data", "orl", "--out", str(tmp_path / out), *steps, *threads, *more])
+        data = ["--data", "orl@train", "--data", "orl@test"]
+        return main(["train", *data, "--out", str(tmp_path / out), *steps, *threads, *more])
 
     assert train("whole") == 0
+    assert list(load(tmp_path / "whole").config["label_differences"]) == ["orl@test"]
     learn_prior: Any = fitting.train_dbn
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -55,3 +62,28 @@ def test_training_that_was_interrupted_is_resumed_to_the_same_guide(
     ]
     assert [{**entry, "seconds": 0} for entry in logs[0]] == [{**entry, "seconds": 0} for entry in logs[1]]
     assert sorted(entry["seconds"] for entry in logs[1]) == [entry["seconds"] for entry in logs[1]]
+
+
+def test_labels_of_a_second_collection_are_taught_as_the_first_would_have_drawn_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = orl_scenes("train", 12, sizes=((96, 120),))
+    assert first.gazes is not None
+    differently = gazes.from_parts(torch.tensor([0.0, 1.0]), torch.tensor(0.9), torch.tensor(0.0)).double()
+    parts: dict[str, Scenes] = {
+        "orl@train": first,
+        "orl@test": first.with_gazes(gazes.compose(first.gazes, differently)),
+    }
+    monkeypatch.setattr("foveate.data.Scenes.from_spec", lambda spec, seed: parts[spec])
+    scenes, told = labelled_scenes(["orl@train", "orl@test"])
+    assert "+1.0" in (said := capsys.readouterr().err) and "a factor of 0.9" in said
+    assert scenes.gazes is not None and len(scenes) == 24
+    assert torch.equal(scenes.gazes[:12], first.gazes)
+    # Of the tenth in size nothing is left; the pictures are the same, so that δ is known but for its interpolation.
+    assert float(gazes.overlap(scenes.gazes[12:], first.gazes).min()) > 0.97
+    torch.testing.assert_close(
+        torch.tensor(told["label_differences"]["orl@test"]).double(), differently, atol=0.05, rtol=0
+    )
+    alone, nothing = labelled_scenes(["orl@train"])
+    assert alone.gazes is not None and torch.equal(alone.gazes, first.gazes)
+    assert nothing == {}

@@ -201,26 +201,60 @@ def test_a_round_that_is_less_sure_than_the_start_is_not_accepted(tmp_path: Path
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_guide_is_a_prior_of_the_gaze_while_learning_and_not_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run()
     run.guide.prior_weight.fill_(1.0)
     run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
     run.config["coverage_factor"] = 1.5
     before = run.model.temperature
-    believed: list[bool] = []
+    believed: dict[str, set[bool]] = {}
 
     class Watched(GazePotential):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            believed.append(self.belief is not None)
+            now.add(self.belief is not None)
+
+    now: set[bool] = set()
+
+    def progress(stage: str, done: int, total: int, figure: float) -> None:
+        if stage.startswith(("looking", "watching")):
+            believed.setdefault(stage, set()).update(now)
+            now.clear()
 
     monkeypatch.setattr(learning, "GazePotential", Watched)
-    learned = learn(run, soft_scenes(40), **QUICK | {"rounds": 1})
-    assert believed and all(believed)
+    learned = learn(run, soft_scenes(40), **QUICK, progress=progress)
+    assert believed == {
+        "looking, start": {True},
+        "looking, round 1": {True},
+        "watching, round 1": {False},
+        "looking, round 2": {False},
+        "watching, round 2": {False},
+    }
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
     assert learned.config["guide_prior"] is False
     assert "coverage_factor" not in learned.config
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("rise", "rounds"), [(0.05, 4), (0.01, 2)])
+def test_learning_ends_where_a_round_is_hardly_surer_than_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, rise: float, rounds: int
+) -> None:
+    calls: list[int] = []
+
+    def certainty(found: Any, before: Any) -> Tensor:
+        if not found.stage.startswith("looking, round"):
+            return torch.ones(len(found.scenes)).double()
+        calls.append(len(calls))
+        return torch.full((len(found.scenes),), 0.7 + rise * calls[-1]).double()
+
+    monkeypatch.setattr(learning, "_certainty", certainty)
+    monkeypatch.setattr(learning, "RETAINED", 0.0)
+    monitors: list[Monitor] = []
+    learn(small_run(), soft_scenes(30), **QUICK | {"rounds": 4}, each_round=lambda m, run: monitors.append(m))
+    assert all(monitor.accepted for monitor in monitors)
+    assert len(monitors) == 1 + rounds
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,0 +1,111 @@
+"""Joining collections that different people labelled: one object is to have one canonical frame.
+
+Whoever marks eyes and mouths puts them a little higher, wider or further apart than the next person does, the same way
+in every picture. A model that is taught both ways learns a blur. In the mean over a collection's crops the pictures
+differ no longer but the squares do, so that the mean crops of two collections, laid over each other, tell by what
+similarity their labels differ.
+
+Convention (the whole module): gazes as in `foveate.model.gaze`, scene pixels; a label t and the gaze u that the
+reference collection's labeller would have drawn differ by δ on the canonical side, ``t = u ∘ δ``, so that δ's offset is
+in canonical pixels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from scipy.optimize import minimize
+from torch import Tensor
+
+from foveate.data.scenes import Scenes
+from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
+from foveate.model.patch import extract, normalise
+
+__all__ = ["in_one_convention", "label_difference"]
+
+# The mean crop is taken with what lies around it, and twice as finely as the canonical frame.
+AROUND, FINE = 1.5, 2
+SIDE = int(gazes.CANONICAL_SIZE * AROUND * FINE)
+# Where the search for δ begins to look: offset in canonical pixels, log-scale, radians.
+FIRST_STEP = (1.0, 1.0, 0.05, 0.05)
+# Mean crops that resemble each other less do not show one object in one pose.
+RESEMBLING = 0.7
+
+
+def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] | None:
+    """The similarity δ by which the labels of `other` differ from those of `reference`.
+
+    It carries the mean crop of `other` to where it correlates best with that of `reference`; offset, scale and rotation
+    are found by Nelder and Mead's simplex.
+
+    Returns:
+        ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where the mean crops do not resemble each other
+        (correlation below `RESEMBLING` at its best).
+
+    Raises:
+        InputError: a scene has no gaze.
+    """
+    wanted = normalise(_looked_at(_mean_surroundings(reference), np.zeros(4)))
+    seen = _mean_surroundings(other)
+
+    def unlike(change: np.ndarray) -> float:
+        return -float((normalise(_looked_at(seen, change)) * wanted).mean())
+
+    simplex = np.concatenate([np.zeros((1, 4)), np.diag(FIRST_STEP)])
+    found = minimize(unlike, np.zeros(4), method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 1e-3})
+    if -found.fun < RESEMBLING:
+        return None
+    return gazes.inverse(_similarity(found.x))
+
+
+def in_one_convention(collections: Sequence[Scenes]) -> tuple[list[Scenes], list[Float64[Tensor, "4"] | None]]:
+    """Collections with their labels re-expressed as the labeller of the first would have drawn them.
+
+    Returns:
+        The collections, and δ of each (see `label_difference`): the identity for the first, None for one that does not
+        resemble it, whose labels stay.
+
+    Raises:
+        InputError: there is no collection, or a scene has no gaze.
+    """
+    if not collections:
+        raise InputError("no collections to join: give at least one")
+    reference = collections[0]
+    differences = [gazes.identity(torch.float64), *(label_difference(reference, other) for other in collections[1:])]
+    joined = []
+    for scenes, difference in zip(collections, differences, strict=True):
+        if difference is not None and scenes is not reference:
+            assert scenes.gazes is not None
+            scenes = scenes.with_gazes(gazes.compose(scenes.gazes, gazes.inverse(difference)))
+        joined.append(scenes)
+    return joined, differences
+
+
+def _mean_surroundings(scenes: Scenes) -> Float64[Tensor, "side side"]:
+    """The mean over the scenes of the crop and what lies around it, each normalised: a picture itself."""
+    truth = scenes.gazes
+    if truth is None or bool(truth.isnan().any()):
+        raise InputError("labels are compared only where every scene has one: give scenes.labelled()")
+    total = torch.zeros(SIDE, SIDE, dtype=torch.float64)
+    for i in range(len(scenes)):
+        total += normalise(extract(scenes.pictures([i])[0], truth[i], SIDE, AROUND).double())
+    return total / len(scenes)
+
+
+def _similarity(change: np.ndarray) -> Float64[Tensor, "4"]:
+    """From offset (canonical pixels), log-scale and radians."""
+    right, down, log_scale, rotation = torch.from_numpy(np.asarray(change, dtype=np.float64))
+    return gazes.from_parts(torch.stack([right, down]), log_scale.exp(), rotation)
+
+
+def _looked_at(mean: Float64[Tensor, "side side"], change: np.ndarray) -> Float64[Tensor, "24 24"]:
+    """The canonical patch of a mean picture, seen under a gaze that is changed on the canonical side."""
+    middle = (SIDE - 1) / 2
+    straight = gazes.from_parts(
+        torch.tensor([middle, middle], dtype=torch.float64),
+        torch.tensor(float(FINE), dtype=torch.float64),
+        torch.tensor(0.0, dtype=torch.float64),
+    )
+    return extract(mean, gazes.compose(straight, _similarity(change)))

@@ -1,0 +1,91 @@
+"""Collections that different people labelled, joined: the difference of their labels is found and taken out."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.data import Scenes
+from foveate.data.joining import in_one_convention, label_difference
+from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
+
+SIDE = 120
+
+
+def drawn(gaze: Tensor, seed: int) -> Tensor:
+    """A lopsided face of blobs under a gaze, on a background of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    at = gazes.apply(gazes.inverse(gaze), torch.stack([column, row], -1).double())
+    picture = 0.5 + 0.1 * torch.rand(SIDE, SIDE, generator=generator, dtype=torch.float64)
+    blobs = [(-5, -3, 2.0, -0.3), (5, -3, 2.0, -0.4), (0, 7, 2.5, -0.25), (2, 1, 3.0, 0.2), (0, -11, 3.5, -0.2)]
+    for x, y, wide, dark in blobs:
+        moved = torch.tensor([x, y]) + 0.5 * torch.randn(2, generator=generator, dtype=torch.float64)
+        picture += dark * torch.exp(-(at - moved).square().sum(-1) / (2 * wide**2))
+    return picture.clamp(0, 1)
+
+
+def collection(count: int, seed: int) -> Scenes:
+    generator = torch.Generator().manual_seed(seed)
+    centre = SIDE / 2 + 6 * torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    scale = torch.exp(0.15 * torch.randn(count, generator=generator, dtype=torch.float64)) * 2
+    truth = gazes.from_parts(centre, scale, 0.1 * torch.randn(count, generator=generator, dtype=torch.float64))
+    return Scenes.from_pictures([drawn(g, 1000 * seed + i) for i, g in enumerate(truth)], gazes=truth)
+
+
+def relabelled(scenes: Scenes, difference: Tensor) -> Scenes:
+    assert scenes.gazes is not None
+    return scenes.with_gazes(gazes.compose(scenes.gazes, difference))
+
+
+def a_difference() -> Tensor:
+    centre = torch.tensor([0.8, -0.5], dtype=torch.float64)
+    return gazes.from_parts(centre, torch.tensor(1.07).double(), torch.tensor(-0.05).double())
+
+
+def test_labels_drawn_differently_on_the_same_pictures_tell_the_difference() -> None:
+    """The same pictures twice: but for the interpolation of the means (0.05 canonical pixels) δ is known exactly."""
+    scenes = collection(12, 1)
+    found = label_difference(scenes, relabelled(scenes, a_difference()))
+    assert found is not None
+    centre, scale, rotation = gazes.parts(gazes.compose(found, gazes.inverse(a_difference())))
+    assert centre.norm() < 0.1
+    assert abs(math.log(float(scale))) < 0.01
+    assert abs(float(rotation)) < 0.01
+
+
+def test_other_pictures_of_the_object_tell_it_too_and_joining_takes_it_out() -> None:
+    """Blobs move by half a pixel from picture to picture, means over 30 by about 0.1: three times that is allowed."""
+    first, second = collection(30, 1), collection(30, 2)
+    other = relabelled(second, a_difference())
+    (kept, changed), (identity, difference) = in_one_convention([first, other])
+    assert kept is first
+    assert difference is not None and identity is not None
+    assert torch.equal(identity, gazes.identity(torch.float64))
+    assert changed.gazes is not None and second.gazes is not None and other.gazes is not None
+    torch.testing.assert_close(gazes.compose(changed.gazes, difference), other.gazes)
+    off = gazes.parts(gazes.compose(gazes.inverse(second.gazes), changed.gazes))
+    before = gazes.parts(gazes.compose(gazes.inverse(second.gazes), other.gazes))
+    assert off.centre.norm(dim=-1).max() < 0.3 < before.centre.norm(dim=-1).min()
+    assert off.scale.log().abs().max() < 0.03 < before.scale.log().abs().min()
+    assert gazes.overlap(changed.gazes, second.gazes).mean() > gazes.overlap(other.gazes, second.gazes).mean()
+
+
+def test_what_does_not_show_the_object_keeps_its_labels() -> None:
+    first, other = collection(6, 1), collection(6, 3)
+    assert other.gazes is not None
+    upside_down = other.with_gazes(gazes.compose(other.gazes, torch.tensor([-1.0, 0.0, 0.0, 0.0]).double()))
+    (_, kept), (_, difference) = in_one_convention([first, upside_down])
+    assert difference is None
+    assert kept is upside_down
+
+
+def test_without_labels_or_collections_nothing_is_joined() -> None:
+    scenes = collection(3, 1)
+    with pytest.raises(InputError, match="no collections to join"):
+        in_one_convention([])
+    bare = Scenes.from_pictures(scenes.pictures(), names=scenes.names)
+    with pytest.raises(InputError, match=r"give scenes\.labelled"):
+        label_difference(scenes, bare)
