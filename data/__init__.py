@@ -9,6 +9,7 @@ from foveate.data.compose import (
     two_face_scenes,
 )
 from foveate.data.faces import caltech_faces, lfw, multi_pie, orl_faces, webfaces
+from foveate.data.joining import in_one_convention, label_difference
 from foveate.data.scenes import Scene, Scenes, UnlabelledScene, UnlabelledScenes
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "UnlabelledScenes",
     "caltech_faces",
     "compose_scenes",
+    "in_one_convention",
+    "label_difference",
     "lfw",
     "multi_pie",
     "orl_clutter",
