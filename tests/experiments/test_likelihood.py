@@ -144,9 +144,8 @@ def test_the_command_reports_every_figure_of_every_spec(
     tmp_path: Path, run: Run, scenes: Scenes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likelihood.Scenes, "from_spec", classmethod(lambda cls, spec, **_: scenes[:2]))
-    monkeypatch.setattr(
-        likelihood.Scenes, "from_specs", classmethod(lambda cls, specs, **_: orl_scenes("train", 12, sizes=SMALL))
-    )
+    taught = orl_scenes("train", 12, sizes=SMALL)
+    monkeypatch.setattr(likelihood, "labelled_scenes", lambda specs, seed: (taught, {}))
     monkeypatch.setattr(
         likelihood.Scenes, "from_clutter_spec", classmethod(lambda cls, spec, **_: orl_clutter("test", 2, sizes=SMALL))
     )
