@@ -32,6 +32,8 @@ SIDE = int(gazes.CANONICAL_SIZE * AROUND * FINE)
 FIRST_STEP = (1.0, 1.0, 0.05, 0.05)
 # Mean crops that resemble each other less do not show one object in one pose.
 RESEMBLING = 0.7
+# Means over fewer crops than these are of persons, not of the object.
+FEWEST = 12
 
 
 def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] | None:
@@ -41,12 +43,14 @@ def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] |
     are found by Nelder and Mead's simplex.
 
     Returns:
-        ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where the mean crops do not resemble each other
-        (correlation below `RESEMBLING` at its best).
+        ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where that cannot be told: fewer than `FEWEST` scenes in
+        either, or mean crops that do not resemble each other (correlation below `RESEMBLING` at its best).
 
     Raises:
         InputError: a scene has no gaze.
     """
+    if min(len(reference), len(other)) < FEWEST:
+        return None
     wanted = normalise(_looked_at(_mean_surroundings(reference), np.zeros(4)))
     seen = _mean_surroundings(other)
 
@@ -64,8 +68,8 @@ def in_one_convention(collections: Sequence[Scenes]) -> tuple[list[Scenes], list
     """Collections with their labels re-expressed as the labeller of the first would have drawn them.
 
     Returns:
-        The collections, and δ of each (see `label_difference`): the identity for the first, None for one that does not
-        resemble it, whose labels stay.
+        The collections, and δ of each (see `label_difference`): the identity for the first, None for one of which it
+        cannot be told, whose labels stay.
 
     Raises:
         InputError: there is no collection, or a scene has no gaze.

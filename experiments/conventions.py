@@ -54,7 +54,10 @@ def labelled_scenes(specs: Sequence[str], seed: int = 0) -> tuple[Scenes, dict[s
     joined, differences = in_one_convention(collections)
     for spec, difference in zip(specs[1:], differences[1:], strict=True):
         if difference is None:
-            announce(f"{spec}: does not look like {specs[0]} where it is labelled; its labels stay as they are")
+            announce(
+                f"{spec}: has too few pictures, or does not look like {specs[0]} where it is labelled, to say how their "
+                "labels differ; they stay as they are"
+            )
             continue
         (right, down), scale, rotation = gazes.parts(difference)
         announce(

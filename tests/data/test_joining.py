@@ -74,7 +74,7 @@ def test_other_pictures_of_the_object_tell_it_too_and_joining_takes_it_out() -> 
 
 
 def test_what_does_not_show_the_object_keeps_its_labels() -> None:
-    first, other = collection(6, 1), collection(6, 3)
+    first, other = collection(12, 1), collection(12, 3)
     assert other.gazes is not None
     upside_down = other.with_gazes(gazes.compose(other.gazes, torch.tensor([-1.0, 0.0, 0.0, 0.0]).double()))
     (_, kept), (_, difference) = in_one_convention([first, upside_down])
@@ -82,8 +82,15 @@ def test_what_does_not_show_the_object_keeps_its_labels() -> None:
     assert kept is upside_down
 
 
+def test_neither_does_what_has_too_few_scenes_to_tell() -> None:
+    scenes = collection(12, 1)
+    assert label_difference(scenes, scenes) is not None
+    assert label_difference(scenes, scenes[:11]) is None
+    assert label_difference(scenes[:11], scenes) is None
+
+
 def test_without_labels_or_collections_nothing_is_joined() -> None:
-    scenes = collection(3, 1)
+    scenes = collection(12, 1)
     with pytest.raises(InputError, match="no collections to join"):
         in_one_convention([])
     bare = Scenes.from_pictures(scenes.pictures(), names=scenes.names)
