@@ -43,8 +43,8 @@ def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] |
     are found by Nelder and Mead's simplex.
 
     Returns:
-        ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where that cannot be told: fewer than `FEWEST` scenes in
-        either, or mean crops that do not resemble each other (correlation below `RESEMBLING` at its best).
+        ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where that cannot be told: fewer than `FEWEST`
+        scenes in either, or mean crops that do not resemble each other (correlation below `RESEMBLING` at its best).
 
     Raises:
         InputError: a scene has no gaze.

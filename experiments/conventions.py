@@ -55,7 +55,7 @@ def labelled_scenes(specs: Sequence[str], seed: int = 0) -> tuple[Scenes, dict[s
     for spec, difference in zip(specs[1:], differences[1:], strict=True):
         if difference is None:
             announce(
-                f"{spec}: has too few pictures, or does not look like {specs[0]} where it is labelled, to say how their "
+                f"{spec}: has too few pictures, or does not look like {specs[0]} where it is labelled, to say how "
                 "labels differ; they stay as they are"
             )
             continue
