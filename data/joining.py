@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import extract, normalise
 
-__all__ = ["in_one_convention", "label_difference"]
+__all__ = ["in_one_convention", "label_difference", "re_expressed"]
 
 # The mean crop is taken with what lies around it, and twice as finely as the canonical frame.
 AROUND, FINE = 1.5, 2
@@ -64,25 +64,28 @@ def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] |
     return gazes.inverse(_similarity(found.x))
 
 
+def re_expressed(truth: Float[Tensor, "scene 4"], difference: Float[Tensor, "4"]) -> Float64[Tensor, "scene 4"]:
+    """Labels as the reference's labeller would have drawn them: ``truth ∘ δ⁻¹``."""
+    return gazes.compose(truth.double(), gazes.inverse(difference.double()))
+
+
 def in_one_convention(collections: Sequence[Scenes]) -> tuple[list[Scenes], list[Float64[Tensor, "4"] | None]]:
     """Collections with their labels re-expressed as the labeller of the first would have drawn them.
 
     Returns:
-        The collections, and δ of each (see `label_difference`): the identity for the first, None for one of which it
-        cannot be told, whose labels stay.
+        The collections, and δ of each but the first (see `label_difference`): None for one of which it cannot be told,
+        whose labels stay.
 
     Raises:
         InputError: there is no collection, or a scene has no gaze.
     """
     if not collections:
         raise InputError("no collections to join: give at least one")
-    reference = collections[0]
-    differences = [gazes.identity(torch.float64), *(label_difference(reference, other) for other in collections[1:])]
-    joined = []
-    for scenes, difference in zip(collections, differences, strict=True):
-        if difference is not None and scenes is not reference:
-            assert scenes.gazes is not None
-            scenes = scenes.with_gazes(gazes.compose(scenes.gazes, gazes.inverse(difference)))
+    first, *others = collections
+    joined, differences = [first], [label_difference(first, other) for other in others]
+    for scenes, difference in zip(others, differences, strict=True):
+        if scenes.gazes is not None and difference is not None:
+            scenes = scenes.with_gazes(re_expressed(scenes.gazes, difference))
         joined.append(scenes)
     return joined, differences
 

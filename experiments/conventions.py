@@ -26,7 +26,6 @@ __all__ = [
     "convention_of",
     "label_convention",
     "labelled_scenes",
-    "re_expressed",
     "training_scenes",
 ]
 
@@ -52,7 +51,7 @@ def labelled_scenes(specs: Sequence[str], seed: int = 0) -> tuple[Scenes, dict[s
     if len(collections) == 1:
         return collections[0], {}
     joined, differences = in_one_convention(collections)
-    for spec, difference in zip(specs[1:], differences[1:], strict=True):
+    for spec, difference in zip(specs[1:], differences, strict=True):
         if difference is None:
             announce(
                 f"{spec}: has too few pictures, or does not look like {specs[0]} where it is labelled, to say how "
@@ -64,7 +63,7 @@ def labelled_scenes(specs: Sequence[str], seed: int = 0) -> tuple[Scenes, dict[s
             f"{spec}: labels differ from those of {specs[0]} by {right:+.2f} canonical pixels to the right, "
             f"{down:+.2f} down, a factor of {scale:.3f} in size and {rotation.rad2deg():+.1f}°; they are re-expressed"
         )
-    told = {spec: None if d is None else d.tolist() for spec, d in zip(specs[1:], differences[1:], strict=True)}
+    told = {spec: None if d is None else d.tolist() for spec, d in zip(specs[1:], differences, strict=True)}
     return Scenes.concatenate(joined), {"label_differences": told}
 
 
@@ -72,7 +71,7 @@ def label_convention(found: Float[Tensor, "scene 4"], truth: Float[Tensor, "scen
     """The similarity δ by which labels differ from what a run was taught: truth ≈ found ∘ δ; None if nothing is found.
 
     The medians, over the scenes found, of the offset (canonical pixels), the log-scale and the rotation of
-    ``found⁻¹ ∘ truth``. Labels are re-expressed in the run's own convention as ``truth ∘ δ⁻¹``.
+    ``found⁻¹ ∘ truth``. `foveate.data.joining.re_expressed` then gives labels as the run would have drawn them.
 
     Args:
         found: reported gazes of training scenes of the labelled collection.
@@ -84,11 +83,6 @@ def label_convention(found: Float[Tensor, "scene 4"], truth: Float[Tensor, "scen
     centre, scale, rotation = gazes.parts(gazes.compose(gazes.inverse(found.double()), truth.double()))
     of_centre = centre[near].median(0).values
     return gazes.from_parts(of_centre, scale[near].log().median().exp(), rotation[near].median())
-
-
-def re_expressed(truth: Float[Tensor, "scene 4"], convention: Float[Tensor, "4"]) -> Float[Tensor, "scene 4"]:
-    """Labels as the run would have drawn them: ``truth ∘ δ⁻¹``."""
-    return gazes.compose(truth.double(), gazes.inverse(convention))
 
 
 def convention_of(run: Run, train: Scenes, seed: int = 0) -> Float[Tensor, "4"] | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from foveate.data import Scenes
-from foveate.experiments.conventions import convention_of, labelled_scenes, re_expressed, training_scenes
+from foveate.data.joining import re_expressed
+from foveate.experiments.conventions import convention_of, labelled_scenes, training_scenes
 from foveate.experiments.figures import EnergyPath, energy_paths_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text

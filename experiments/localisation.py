@@ -27,13 +27,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from foveate.data import Scenes, orl_clutter
+from foveate.data.joining import re_expressed
 from foveate.data.scenes import parse_spec
 from foveate.experiments.conventions import (
     COMPARED,
     LIGHT,
     convention_of,
     labelled_scenes,
-    re_expressed,
     training_scenes,
 )
 from foveate.experiments.detectors import Detector, HaarDetector, TemplateSearch, require_opencv

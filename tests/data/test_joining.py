@@ -46,24 +46,26 @@ def a_difference() -> Tensor:
 
 
 def test_labels_drawn_differently_on_the_same_pictures_tell_the_difference() -> None:
-    """The same pictures twice: but for the interpolation of the means (0.05 canonical pixels) δ is known exactly."""
+    """The same pictures twice: δ is known exactly, but for the interpolation of the means (five times that is allowed).
+
+    A tenth of δ would be 0.09 canonical pixels, 0.007 in log-scale and 0.005 radians.
+    """
     scenes = collection(12, 1)
     found = label_difference(scenes, relabelled(scenes, a_difference()))
     assert found is not None
     centre, scale, rotation = gazes.parts(gazes.compose(found, gazes.inverse(a_difference())))
-    assert centre.norm() < 0.1
-    assert abs(math.log(float(scale))) < 0.01
-    assert abs(float(rotation)) < 0.01
+    assert centre.norm() < 0.02
+    assert abs(math.log(float(scale))) < 0.002
+    assert abs(float(rotation)) < 0.002
 
 
 def test_other_pictures_of_the_object_tell_it_too_and_joining_takes_it_out() -> None:
     """Blobs move by half a pixel from picture to picture, means over 30 by about 0.1: three times that is allowed."""
     first, second = collection(30, 1), collection(30, 2)
     other = relabelled(second, a_difference())
-    (kept, changed), (identity, difference) = in_one_convention([first, other])
+    (kept, changed), (difference,) = in_one_convention([first, other])
     assert kept is first
-    assert difference is not None and identity is not None
-    assert torch.equal(identity, gazes.identity(torch.float64))
+    assert difference is not None
     assert changed.gazes is not None and second.gazes is not None and other.gazes is not None
     torch.testing.assert_close(gazes.compose(changed.gazes, difference), other.gazes)
     off = gazes.parts(gazes.compose(gazes.inverse(second.gazes), changed.gazes))
@@ -77,7 +79,7 @@ def test_what_does_not_show_the_object_keeps_its_labels() -> None:
     first, other = collection(12, 1), collection(12, 3)
     assert other.gazes is not None
     upside_down = other.with_gazes(gazes.compose(other.gazes, torch.tensor([-1.0, 0.0, 0.0, 0.0]).double()))
-    (_, kept), (_, difference) = in_one_convention([first, upside_down])
+    (_, kept), (difference,) = in_one_convention([first, upside_down])
     assert difference is None
     assert kept is upside_down
 
