@@ -38,7 +38,7 @@ class LearningBudget:
     rounds: int = 8
     glance_steps: int = 1500
     look_steps: int = 800
-    dbn_steps: int = 1200
+    dbn_steps: int = 2000
 
 
 @dataclass(frozen=True, kw_only=True)

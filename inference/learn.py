@@ -10,11 +10,12 @@ where the odds do not know the population yet. From the first M-step on the guid
 then seen the population, and a guide that was trained on draws would confirm them, wrong ones as well, so that what is
 found would scatter more from round to round.
 
-Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*, the squared probability
-that the object has been found times the overlap with the gaze of the round before. A scene that the run doubts, or
-where it has changed its mind, teaches little; nothing is cut off for good.
+Which scenes an M-step learns from is itself drawn: a scene takes part with its *certainty*. The odds that the object
+has been found are squared, as if it had been seen twice, and it must be at the same place as in the round before. What
+the run doubts seldom takes part, and where it has changed its mind it waits for the next round; nothing is cut off
+for good.
 
-Some scenes are held out of every M-step to watch the rest by (`Monitor`). A round that no longer finds what the start
+Some scenes are held out of every M-step: the prior stops by their crops, and they watch the rest (`Monitor`). A round that no longer finds what the start
 was sure of in them has drifted; one that is less sure of them than the start was has learned its own scenes by heart.
 Either is dropped, and learning stops. It has also ended where the run grows no surer of what it learns from: a few
 thousand scenes take four or five rounds, a few hundred take more.
@@ -76,7 +77,7 @@ HELD_OUT, MOST_HELD_OUT = 0.1, 120
 # surest, so that a better round may well lose some of it.
 RETAINED = 0.75
 # Learning has settled where a round is surer of the scenes it learns from than the one before by less than this.
-SETTLED = 0.02
+SETTLED = 0.03
 # Learning rates, as shares of the bootstrap's: the guide goes on from where it is.
 RATE = 0.7
 
@@ -127,7 +128,7 @@ def learn(
     rounds: int = 8,
     glance_steps: int = 1500,
     look_steps: int = 800,
-    dbn_steps: int = 1200,
+    dbn_steps: int = 2000,
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -352,10 +353,11 @@ def _attended(
 
 def _certainty(found: _Parts, before: _Parts | None) -> Float[Tensor, " scene"]:
     """How sure the run is of what it found, and of having found it before; see the module."""
-    certainty = found.read("presence").square()
+    present = found.read("presence")
+    certainty = present.square() / (present.square() + (1 - present).square())
     if before is None:
         return certainty
-    return certainty * gazes.overlap(found.read("gaze"), before.read("gaze"))
+    return certainty * (gazes.overlap(found.read("gaze"), before.read("gaze")) > 0.5)
 
 
 def _chosen(certainty: Float[Tensor, " scene"], generator: torch.Generator) -> Int[Tensor, " chosen"]:
@@ -393,8 +395,12 @@ def _maximisation(
         following = load(place / "look")
         torch.manual_seed(plan.seed_of(number, 5))
         crops = found.read("crops", chosen)
+        sure = _chosen(_certainty(held, None), plan.generator(number, 9))
+        watched = held.read("crops")[:, 0]
         dbn = train_dbn(
             crops,
+            # Too few: then a share of the crops is set aside.
+            validation=watched[sure] if len(sure) >= FEWEST else None,
             steps=steps["dbn_steps"],
             seed=plan.seed_of(number, 6),
             progress=lambda share, seen: report(f"prior, round {number}", int(1000 * share), 1000, seen.bound),
@@ -405,7 +411,7 @@ def _maximisation(
         model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
         fit_clutter(model, y, data(), plan.generator(number, 7))
-        validation = density_coordinates(held.read("crops")[:, 0])
+        validation = density_coordinates(watched)
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
         guide = following.guide.to(device).eval()

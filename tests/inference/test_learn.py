@@ -161,15 +161,17 @@ def _written(folder: Path, gaze: Tensor, presence: Tensor) -> Any:
     return parts
 
 
-def test_certainty_is_the_squared_probability_times_the_agreement_with_the_round_before(tmp_path: Path) -> None:
-    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 3).double()
-    moved = gaze + torch.tensor([[0.0, 0, 0, 0], [0, 0, 12, 0], [0, 0, 30, 0]]).double()
-    presence = torch.tensor([0.5, 0.8, 1.0]).double()
+def test_certainty_is_squared_odds_where_the_object_has_stayed(tmp_path: Path) -> None:
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 5).double()
+    # A quarter of a patch beside, two squares share three quarters of each: an IoU of .6. Half a patch beside: a third.
+    moved = gaze + torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 6, 0], [0, 0, 12, 0], [0, 0, 0, 0]]).double()
+    presence = torch.tensor([0.5, 0.75, 0.9, 1.0, 0.0]).double()
     before, after = _written(tmp_path / "a", gaze, 0 * presence), _written(tmp_path / "b", moved, presence)
-    assert torch.equal(learning._certainty(after, None), presence**2)
-    # Half a patch beside, two squares share half of each: an IoU of a third. A patch and a quarter beside: nothing.
-    expected = torch.tensor([0.25, 0.64 / 3, 0.0]).double()
-    assert torch.allclose(learning._certainty(after, before), expected, atol=1e-9)
+    # Odds of 1, 3, 9, infinity and 0, squared.
+    expected = torch.tensor([1 / 2, 9 / 10, 81 / 82, 1.0, 0.0]).double()
+    assert torch.allclose(learning._certainty(after, None), expected, atol=1e-12)
+    stayed = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]).double()
+    assert torch.allclose(learning._certainty(after, before), expected * stayed, atol=1e-12)
 
 
 @pytest.mark.parametrize(("lost", "accepted"), [(2, True), (20, False)])
