@@ -15,10 +15,11 @@ has been found are squared, as if it had been seen twice, and it must be at the 
 the run doubts seldom takes part, and where it has changed its mind it waits for the next round; nothing is cut off
 for good.
 
-Some scenes are held out of every M-step: the prior stops by their crops, and they watch the rest (`Monitor`). A round that no longer finds what the start
-was sure of in them has drifted; one that is less sure of them than the start was has learned its own scenes by heart.
-Either is dropped, and learning stops. It has also ended where the run grows no surer of what it learns from: a few
-thousand scenes take four or five rounds, a few hundred take more.
+Some scenes are held out of every M-step: their crops tell the prior when to stop, and what is found in them watches
+the rest (`Monitor`). A round that no longer finds what the start was sure of in them has drifted; one that is less
+sure of them than the start was has learned its own scenes by heart. Either is dropped, and learning stops. It has also
+ended where the run grows no surer of what it learns from: a few thousand scenes take four or five rounds, a few
+hundred take more.
 """
 
 import json
