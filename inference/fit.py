@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.inference.attend import SMALLEST, Candidates, mode_points, odds_score, search
+from foveate.inference.attend import SMALLEST, SPREAD, Candidates, mode_points, odds_score, search
 from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
@@ -52,7 +52,9 @@ BATCH, FEWEST_TO_CALIBRATE = 16, 8
 NOISES, TEMPERATURES, PREFERENCE = (0.125, 0.25, 0.5, 1.0), tuple(2.0 ** (k / 2) for k in range(17)), 0.05
 # Windows that show the object in part: sds about it (canonical pixels; log-scale and radians), and their IoU.
 NEAR_MISS, PARTLY = (5.0, 0.25), (0.2, 0.7)
-WORST, CALIBRATION_POINTS = -25.0, 512
+WORST = -25.0
+# Points that a mode's posterior is normalised with: how many, and over what share of the mode's width they are spread.
+WIDE_POINTS, NARROW_POINTS, NARROW = 512, 256, (0.25, 0.0625)
 # How much edges say beside pixels, and from how many times as many windows the likeliest are taken to tell them from.
 EDGES_SAY, MINED = 3.0, 12
 
@@ -403,7 +405,7 @@ def _choose_variant(
 
     Score: mean log posterior density of the truth within its mode, in the mode's chart, nats; a proper score: an
     overconfident variant loses as much as a vague one. The posterior is normalised by importance sampling
-    (`mode_points`). A scene counts for no less than `WORST`, so that no single one decides. Where no scene has a mode
+    (`_points_about`). A scene counts for no less than `WORST`, so that no single one decides. Where no scene has a mode
     near its truth nothing is changed, and there are no figures.
     """
     if not any(bool((gazes.overlap(gaze, truth) > 0.3).any()) for (gaze, _), truth in zip(near, true, strict=True)):
@@ -415,10 +417,11 @@ def _choose_variant(
     for pyramid, (gaze, sd), truth in zip(pyramids, near, true, strict=True):
         close = gazes.overlap(gaze, truth) > 0.3
         start.append(gazes.overlap(gaze, truth)[close])
-        points = mode_points(gaze[:, None], sd[:, None], CALIBRATION_POINTS)
         chart = gazes.LocalChart(gaze[:, None])
-        at = torch.cat([points.gaze[:, 0], truth[:, None]], 1)
-        z = torch.cat([points.z[:, 0], chart.to_chart(truth[:, None])], 1)
+        of_truth = chart.to_chart(truth[:, None])
+        z, log_q = _points_about(gaze, sd, of_truth)
+        at = torch.cat([chart.to_gaze(z), truth[:, None]], 1)
+        z = torch.cat([z, of_truth], 1)
         patch = density_coordinates(pyramid.extract(at))
         rest = model.prior(pyramid.size.double()[:, None]).log_prob(at) + chart.log_det(z)
         belief = -0.5 * (z / sd[:, None]).square().sum(-1)
@@ -430,11 +433,11 @@ def _choose_variant(
             log_odds = (dense_object.log_prob(patch) - dense_clutter.log_prob(patch)).double() + log_edges
             for temperature, with_guide in itertools.product(TEMPERATURES, (False, True)):
                 log_p = log_odds / temperature + rest + with_guide * belief
-                weight = log_p[:, :-1] - points.log_q[:, 0]
-                of_truth = log_p[:, -1] - torch.logsumexp(weight, -1) + math.log(CALIBRATION_POINTS)
+                weight = log_p[:, :-1] - log_q
+                score = log_p[:, -1] - torch.logsumexp(weight, -1) + math.log(weight.shape[-1])
                 key = with_guide, temperature, noise
-                scores.setdefault(key, []).append(of_truth[close].clamp(min=WORST))
-                mean = (torch.softmax(weight, -1)[..., None] * points.gaze[:, 0]).sum(1)
+                scores.setdefault(key, []).append(score[close].clamp(min=WORST))
+                mean = (torch.softmax(weight, -1)[..., None] * at[:, :-1]).sum(1)
                 means.setdefault(key, []).append(gazes.overlap(mean, truth)[close])
     figures = {key: float(torch.cat(score).mean()) for key, score in scores.items()}
     iou = {key: float(torch.cat(values).mean()) for key, values in means.items()}
@@ -456,6 +459,26 @@ def _choose_variant(
             for name, key in (("without_guide_prior", alone), ("with_guide_prior", aided))
         },
     }
+
+
+def _points_about(
+    gaze: Float[Tensor, "scene 4"], sd: Float[Tensor, "scene 4"], truth: Float[Tensor, "scene 1 4"]
+) -> tuple[Float[Tensor, "scene point 4"], Float[Tensor, "scene point"]]:
+    """Points of an importance sampler over a mode's chart, and the log density of the mixture they are drawn from.
+
+    Most are spread as in `mode_points`. The others lie closely about the truth: a posterior that peaks there and falls
+    off between two of the wide points would else be taken for one with hardly any mass, and its density at the
+    truth for huge; the narrowest variant would always be the best where labels are exact, as in composed scenes.
+
+    Convention: `gaze` in scene pixels; `sd` and `truth` in the units of `LocalChart` at it.
+    """
+    components = [(torch.zeros_like(truth), 1.0, WIDE_POINTS)] + [(truth, share, NARROW_POINTS) for share in NARROW]
+    z = torch.cat([at + mode_points(gaze[:, None], s * sd[:, None], n).z[:, 0] for at, s, n in components], 1)
+    parts = []
+    for at, share, count in components:
+        law = torch.distributions.Normal(at, share * SPREAD * sd[:, None])
+        parts.append(law.log_prob(z).sum(-1) + math.log(count / z.shape[1]))
+    return z, torch.logsumexp(torch.stack(parts), 0)
 
 
 def _evidence_weights(
