@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -236,6 +237,31 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     assert learned.config["guide_prior"] is False
     assert "coverage_factor" not in learned.config
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("sure", [True, False])
+def test_the_prior_stops_by_what_was_found_in_scenes_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sure: bool
+) -> None:
+    given: list[Tensor | None] = []
+
+    def recording(crops: Tensor, **options: Any) -> DeepBeliefNet:
+        given.append(options["validation"])
+        return quick_net(crops)
+
+    def certainty(found: Any, before: Any) -> Tensor:
+        held = found.stage.startswith(("looking, start", "watching"))
+        return torch.full((len(found.scenes),), 0.0 if held and not sure else 1.0).double()
+
+    monkeypatch.setattr(learning, "train_dbn", recording)
+    monkeypatch.setattr(learning, "_certainty", certainty)
+    learn(small_run(), soft_scenes(30), **QUICK | {"rounds": 1}, checkpoint=tmp_path / "ck")
+    with safe_open(tmp_path / "ck" / "round_0" / "held" / "part_00000.safetensors", "pt") as part:
+        crops = part.get_tensor("crops")[:, 0]
+    # Too few to stop by leave it to `train_dbn` what it sets aside.
+    assert len(given) == 1
+    assert given[0] is None if not sure else given[0] is not None and torch.equal(given[0], crops)
 
 
 @pytest.mark.usefixtures("quick")
