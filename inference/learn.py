@@ -498,6 +498,7 @@ def _monitor(
     bound = run.model.dbn.log_prob_bound(y).double().cpu()
     chain = draws.mean(2)
     # EM drives certainty up wherever it works at all, right or wrong: where it falls on scenes held out, it does not.
+    # A start that is sure of all is not to be followed: few scenes' crops would replace those it has learned from.
     surer = float(presence.mean()) >= float(first.read("presence").mean())
     return Monitor(
         round=number,
