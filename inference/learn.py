@@ -102,7 +102,8 @@ class Monitor(NamedTuple):
         retained: share of what the start was sure of that is found again at the same place.
         moved: share of held-out scenes whose gaze is elsewhere (IoU below 0.5) than in the round before.
         chains_agree: mean IoU of the two chains' mean gazes.
-        bound: mean bound of the round's prior on the crops found in held-out scenes, weighted by presence, nats.
+        bound: mean bound of the round's prior on the crops found in held-out scenes, weighted by presence, nats;
+            a little flattering, as the prior stopped where it was best on the crops found there before.
         accepted: whether the round was kept.
     """
 

@@ -358,5 +358,5 @@ def test_a_posterior_of_any_width_about_the_truth_is_normalised(width: float) ->
     peak = truth + width * sd * torch.tensor([0.5, 0.0, 0.0, 0.0]).double()
     weight = torch.distributions.Normal(peak, width * sd[:, None]).log_prob(z).sum(-1) - log_q
     log_integral = float(torch.logsumexp(weight, -1) - math.log(z.shape[1]))
-    # A scrambled Sobol rule of some hundred points: 0.05 as seen. The wide points alone miss by 0.6, 15 and 70 nats.
-    assert abs(log_integral) < 0.1
+    # A scrambled Sobol rule of some hundred points: 0.024 nats at most. The wide points alone miss by 0.6, 15 and 72.
+    assert abs(log_integral) < 0.05
