@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -295,3 +298,20 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
     first = drawn.read_bytes()
     assert main(["sample", str(run), "--out", str(drawn), "--count", "20", *THREADS]) == 0
     assert drawn.read_bytes() == first  # the same seed draws the same picture
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's OpenMP is GNU's on Linux alone")
+@pytest.mark.parametrize(
+    ("asked", "told"), [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_sleep_early_unless_the_user_says_otherwise(asked: dict[str, str], told: str) -> None:
+    """OpenMP itself says what it has read when PyTorch loads it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", "import foveate.experiments, torch"],
+        env={**kept, "OMP_DISPLAY_ENV": "VERBOSE", **asked},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{told}'" in done.stderr
