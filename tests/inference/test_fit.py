@@ -360,3 +360,38 @@ def test_a_posterior_of_any_width_about_the_truth_is_normalised(width: float) ->
     log_integral = float(torch.logsumexp(weight, -1) - math.log(z.shape[1]))
     # A scrambled Sobol rule of some hundred points: 0.024 nats at most. The wide points alone miss by 0.6, 15 and 72.
     assert abs(log_integral) < 0.05
+
+
+def test_the_sharpest_variant_does_not_win_by_a_peak_that_lies_between_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odds that are a narrow normal law of the gaze, known exactly: at a temperature T it is √T as wide.
+
+    Truths lie 4 s off its peak in each coordinate, s its sd at T = 1, a fiftieth of the mode's: the density of the
+    truth, -8 · 4 / T - 4 log s √(2πT), is highest at T = 16. Points spread as the mode alone see no mass at all there.
+    """
+    scenes, s = 6, 0.02
+    pyramid = Pyramid.build([torch.full((80, 80), 0.5)] * scenes)
+    gaze = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(scenes, 4)
+    chart = gazes.LocalChart(gaze[:, None])
+    sign = torch.tensor([[1, 1, -1, 1], [-1, 1, 1, 1], [1, -1, -1, -1], [-1, -1, 1, -1], [1, 1, 1, 1], [-1, 1, -1, 1]])
+    peak = torch.tensor([0.3, -0.4, 0.2, 0.1]).double()
+    truth = chart.to_gaze((peak + 4 * s * sign.double())[:, None])[:, 0]
+
+    class OfGazes(torch.nn.Module):
+        def log_odds(self, at: Tensor) -> Tensor:
+            return -0.5 * ((chart.to_chart(at) - peak) / s).square().sum(-1)
+
+        def log_prob(self, at: Tensor) -> Tensor:
+            return torch.zeros(at.shape[:-1])
+
+    # A window is seen as the gaze that it is looked at from.
+    monkeypatch.setattr(Pyramid, "extract", lambda self, at: at)
+    monkeypatch.setattr(fitting, "density_coordinates", lambda patch: patch)
+    model, guide = quick_model(), GazeGuide(4)
+    monkeypatch.setattr(AttentionModel, "marginal_densities", lambda self: (OfGazes(), OfGazes()))
+    model.edges = OfGazes()
+    sd = torch.ones(scenes, 4).double()
+    figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd)], [truth])
+    assert model.temperature == 16.0
+    exact = -2.0 - 4 * math.log(s * math.sqrt(2 * math.pi * 16))
+    # The gaze's prior is flat on this scale to 0.01; a rule of 256 points is 0.05 off at most.
+    assert figures["validation_log_density_without_guide_prior"] == pytest.approx(exact, abs=0.1)
