@@ -300,7 +300,7 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
     assert drawn.read_bytes() == first  # the same seed draws the same picture
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's OpenMP is GNU's on Linux alone")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's wheels have GNU's OpenMP on Linux alone")
 @pytest.mark.parametrize(
     ("asked", "told"), [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )

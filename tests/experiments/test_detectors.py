@@ -16,8 +16,6 @@ from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import extract
 
-cv2 = pytest.importorskip("cv2", reason="OpenCV comes with the extra 'bench'")
-
 
 def _scene(gain: float = 1.0, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A picture with a smooth pattern at twice the canonical size, its gaze, and the pattern's canonical image."""

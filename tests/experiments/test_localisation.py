@@ -22,8 +22,6 @@ from foveate.inference.guide import GazeGuide
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 from foveate.model import gaze as gazes
 
-pytest.importorskip("cv2", reason="OpenCV comes with the extra 'bench'")
-
 SMALL = ((96, 120), (120, 96))
 
 
@@ -98,11 +96,19 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where runs were trained; in place of training, a run of the right form that has learned nothing."""
     folders: list[Path] = []
 
-    def untrained(scenes: Scenes, clutter: Scenes | None, out: Path, budget: Budget, seed: int, device: str) -> Run:
+    def untrained(
+        scenes: Scenes,
+        clutter: Scenes | None,
+        out: Path,
+        budget: Budget,
+        seed: int,
+        device: str,
+        labels: dict[str, Any],
+    ) -> Run:
         folders.append(out)
         dbn = DeepBeliefNet.from_config({"layer": "diagonal", "hidden": 6, "top": 4, "dimension": 575})
         dbn.set_log_z(10 * math.log(2), 0.0)
-        config = {**dataclasses.asdict(budget), "seed": seed, "scenes": len(scenes), "coverage_factor": 1.5}
+        config = {**dataclasses.asdict(budget), "seed": seed, "scenes": len(scenes), "coverage_factor": 1.5, **labels}
         torch.manual_seed(seed)
         run = Run(AttentionModel(dbn, ClutterModel.blank(575)), GazeGuide(4), config)
         save(run, out)
@@ -168,9 +174,9 @@ def test_runs_that_are_there_are_used_again_and_none_of_another_kind(
 ) -> None:
     train = Scenes.from_spec(f"folder:{tmp_path / 'faces'}@train")
     experiment = Localisation(out=tmp_path / "out", seeds=1, clutter=f"folder:{tmp_path / 'clutter'}")
-    experiment._trained(train)
+    experiment._trained(train, {})
     two = dataclasses.replace(experiment, seeds=2)
-    assert len(two._trained(train)) == 2
+    assert len(two._trained(train, {})) == 2
     assert trained == [tmp_path / "out" / "seed_0", tmp_path / "out" / "seed_1"]
     assert main([*command, "--look-steps", "3"]) == 2
     assert "this run has other look_steps than is asked for" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.datasets
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -478,8 +479,7 @@ def accuracy(run: Run, scenes: Scenes) -> float:
 
 def digit_scenes(split: str, n: int, seed: int) -> Scenes:
     """Handwritten threes (8×8, enlarged) pasted into photographs; train and test share no three and no photograph."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn (foveate[bench])")
-    digits = datasets.load_digits()
+    digits = sklearn.datasets.load_digits()
     threes = torch.from_numpy(digits.images[digits.target == 3]).float()[None] / 16
     threes = threes[:, :90] if split == "train" else threes[:, 90:]
     large = torch.nn.functional.interpolate(threes, (48, 48), mode="bicubic", align_corners=False)[0].clamp(0, 1)
