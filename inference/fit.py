@@ -14,7 +14,7 @@ from foveate.inference.attend import SMALLEST, SPREAD, Candidates, mode_points, 
 from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
-from foveate.inference.guide_training import FEW, GuideData, random_gazes, train_glance, train_looks
+from foveate.inference.guide_training import GuideData, random_gazes, train_glance, train_looks
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
 from foveate.inference.resume import Checkpoint, digest
 from foveate.model import gaze as gazes
@@ -60,8 +60,6 @@ EDGES_SAY, MINED = 3.0, 12
 # Weights of (integrated log-odds, recognition logit, presence logit) where scenes held out do not say otherwise, as few
 # do in which hardly anything is missed: those that carry over best to pictures of another kind.
 EVIDENCE = (0.3, 1.0, 0.2)
-# How the guide goes on with few scenes once the held-out ones have served: shares of the steps and of the rates.
-FURTHER = 1 / 3
 
 
 @runtime_checkable
@@ -102,9 +100,7 @@ def fit(
     """Train everything from scenes with known gazes.
 
     Args:
-        scenes: labelled scenes; a tenth (whole people, where people are known) is held out to calibrate on. Up to 150
-            scenes, among which a tenth may be a third of the people, the guide then goes on with all of them for a
-            third of its steps more.
+        scenes: labelled scenes; a tenth (whole people, where people are known) is held out to calibrate on.
         clutter: pictures without the object; None takes windows of the scenes that miss it.
         glance_steps: steps of the guide's peripheral half; 600 take about half a minute on two cores.
         look_steps: steps of its foveal half; 600 take about 45 s.
@@ -176,10 +172,6 @@ def fit(
     figures = calibrate(model, guide, scenes, held.nonzero().flatten(), truth)
     factor = calibrated_factor(model, guide, scenes, held.nonzero().flatten(), truth)
     report("calibrating", 1, 1, figures["validation_accuracy"])
-    if len(scenes) <= FEW:
-        everything = GuideData(pyramid, truth, crops[:, 0], background, person)
-        _go_on(guide.to(device), everything, glance_steps, look_steps, kept, seed, report)
-        guide.to("cpu")
     kept.remove()
     config = {
         "scenes": len(scenes),
@@ -193,37 +185,6 @@ def fit(
         "coverage_factor": factor,
     }
     return Run(model=model, guide=guide, config=config)
-
-
-def _go_on(
-    guide: GazeGuide,
-    data: GuideData,
-    glance_steps: int,
-    look_steps: int,
-    kept: Checkpoint,
-    seed: int,
-    report: Progress,
-) -> None:
-    """Train a calibrated guide further, in place; what was calibrated stays as it is.
-
-    The looks' sds are multiplied by factors that make them right on scenes they have not seen: training without the
-    factors leaves it so, training with them would learn to undo them.
-    """
-    offset = guide.log_sd_offset.clone()
-    guide.log_sd_offset.zero_()
-    halves = ("glance", train_glance, glance_steps, 3e-3), ("look", train_looks, look_steps, 2e-3)
-    for name, train, steps, rate in halves:
-        train(
-            guide,
-            data,
-            steps=max(1, round(FURTHER * steps)),
-            rate=FURTHER * rate,
-            seed=seed + 2,
-            progress=lambda i, n, loss, name=name: report(f"{name}, all scenes", i, n, loss),
-            checkpoint=kept,
-            stage=f"{name}_all",
-        )
-    guide.log_sd_offset.copy_(offset)
 
 
 def coarse_pyramid(

@@ -17,11 +17,11 @@ from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid
 
-__all__ = ["FEW", "GuideData", "train_glance", "train_looks"]
+__all__ = ["GuideData", "train_glance", "train_looks"]
 
 VIEW = 64
-# Up to so many scenes are few: every window is changed into what they might have shown. On scenes of the train splits
-# that nothing was trained on, that helped where eighty scenes were learned from and harmed where seven hundred were.
+# Up to so many scenes every window is changed into what they might have shown. On scenes of the train splits that
+# nothing was trained on, that helped where eighty scenes were learned from and harmed where seven hundred were.
 FEW = 150
 
 # Called after every step with the step's number, the number of steps and the loss.
@@ -77,11 +77,10 @@ def train_glance(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-    stage: str = "glance",
 ) -> float:
     """Train ``guide.glance`` on square views of the scenes; returns the mean loss of the last tenth of the steps.
 
-    With a `checkpoint` it goes on from the state that is there under the name `stage`, to the same result.
+    With a `checkpoint` it goes on from the state that is there, to the same result.
 
     Convention: views are 64×64 at 1.5 canonical pixels a pixel, so four patches wide, around random gazes near the
     object, far from it, and (a quarter of the batch) on clutter.
@@ -92,7 +91,7 @@ def train_glance(
     quarter = batch // 4
     optimiser, schedule = _optimiser(guide.glance, rate, steps)
     checkpoint = checkpoint or Checkpoint()
-    losses, _ = checkpoint.begin(stage, guide.glance, optimiser, generator)
+    losses, _ = checkpoint.begin("glance", guide.glance, optimiser, generator)
     guide.glance.train()
     for step in range(len(losses), steps):
         scene = data.draw(batch, generator)
@@ -116,7 +115,7 @@ def train_glance(
         output = guide.glance(relit(window.float(), generator).to(device))
         loss = glance_loss(output, target.to(device), present.to(device)).total
         losses.append(_descend(loss, guide.glance, optimiser, schedule, step))
-        checkpoint.keep(stage, guide.glance, optimiser, generator, losses, step == steps - 1)
+        checkpoint.keep("glance", guide.glance, optimiser, generator, losses, step == steps - 1)
         if progress:
             progress(step, steps, losses[-1])
     guide.glance.eval()
@@ -134,11 +133,10 @@ def train_looks(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-    stage: str = "look",
 ) -> float:
     """Train the guide's window network; returns the mean loss of the last tenth of the steps.
 
-    With a `checkpoint` it goes on from the state that is there under the name `stage`, to the same result.
+    With a `checkpoint` it goes on from the state that is there, to the same result.
 
     A third of each batch starts where the network's own last moves ended (on-policy), the rest at small and wide
     perturbations of the truth; a third more windows teach presence: on clutter and off the object, half of them where
@@ -156,7 +154,7 @@ def train_looks(
     guide.eval()
     distractors = _Distractors.found(guide, data)
     checkpoint = checkpoint or Checkpoint()
-    losses, further = checkpoint.begin(stage, modules, optimiser, generator)
+    losses, further = checkpoint.begin("look", modules, optimiser, generator)
     pool = (further["scene"], further["start"]) if further else None
     distractors.now = further.get("distractors", distractors.now)
     guide.train()
@@ -203,7 +201,7 @@ def train_looks(
             again = _perturbed(data.gaze[following], generator)
             pool = following, torch.where(over[:, None], again, moved.to(again.dtype))
         further = {"scene": pool[0], "start": pool[1], "distractors": distractors.now}
-        checkpoint.keep(stage, modules, optimiser, generator, losses, step == steps - 1, **further)
+        checkpoint.keep("look", modules, optimiser, generator, losses, step == steps - 1, **further)
         if progress:
             progress(step, steps, losses[-1])
     guide.eval()
