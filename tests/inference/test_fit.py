@@ -132,7 +132,7 @@ def test_modes_that_are_not_there_say_nothing_about_the_weights() -> None:
 
 
 @pytest.mark.parametrize("which", ["no wrong mode", "no right mode"])
-def test_weights_are_those_that_carry_over_where_there_is_nothing_to_choose(which: str) -> None:
+def test_weights_are_those_they_start_from_where_there_is_nothing_to_choose(which: str) -> None:
     features, _ = simulated_features(torch.tensor([0.05, 1.0, 0.3]).double(), scenes=10)
     features[:, :, 1] = -math.inf  # a start was given: no glance
     valid = torch.ones(10, 4, dtype=torch.bool)

@@ -491,7 +491,7 @@ def digit_scenes(split: str, n: int, seed: int) -> Scenes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(14400)  # all defaults, on a slow machine
+@pytest.mark.timeout(3600)
 def test_threes_are_learned_from_fifty_labelled_ones_with_nothing_tuned_to_them() -> None:
     """One more object than faces: the bootstrap and learning with all their defaults."""
     clutter = orl_clutter("train", 100, sizes=SMALL)
