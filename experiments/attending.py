@@ -62,7 +62,7 @@ class Attend(Common):
     def run(self) -> None:
         self.sampling.check()
         require_at_least("--max-objects", self.max_objects, 1)
-        check_directory(self.out, ("gazes.csv", UNFINISHED))
+        check_directory(self.out, ("posterior.nc", UNFINISHED))
         run = open_run(self.source, self.torch_device)
         scenes = _each_once(UnlabelledScenes.from_files(self.pictures))
         unfinished = self.out / UNFINISHED

@@ -86,7 +86,7 @@ def scene_figure(
     axes = figure.add_axes((0.0, 0.0, 1.0, 1 - room / (width * height / across + room)))
     _draw_scene(axes, picture, path, draws, truth, line=max(1.2, 0.35 * width))
     if title:
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, parse_math=False)
     return figure
 
 
@@ -122,7 +122,7 @@ def scenes_figure(
         truth = None if truths is None or bool(truths[i].isnan().any()) else truths[i]
         _draw_scene(axes[i], picture, paths[i], draws[i], truth, line=1.2)
         if titles:
-            axes[i].set_title(titles[i], fontsize=8, pad=2)
+            axes[i].set_title(titles[i], fontsize=8, pad=2, parse_math=False)
     for unused in axes[len(pictures) :]:
         unused.set_axis_off()
     return figure
@@ -171,7 +171,7 @@ def patches_figure(
         axis.set_axis_off()
         if i < len(pairs):
             _show(axis, pairs[i])
-            axis.set_title(titles[i] if titles else "", fontsize=8, pad=2)
+            axis.set_title(titles[i] if titles else "", fontsize=8, pad=2, parse_math=False)
         if i < len(pairs) and i % columns == 0:
             for height, name in ((0.75, "patch x(u)"), (0.25, "canonical v")):
                 axis.text(
@@ -244,7 +244,7 @@ def energy_paths_figure(paths: Sequence[EnergyPath], *, columns: int = 5) -> Fig
             continue
         path = paths[k]
         _draw_scene(above, path.picture, path.found[None], None, path.truth, line=1.4)
-        above.set_title(path.title, fontsize=7, pad=2)
+        above.set_title(path.title, fontsize=7, pad=2, parse_math=False)
         at_truth = path.energy[(path.position - 1).abs().argmin()]
         below.plot(path.position.numpy(), (path.energy - at_truth).double().numpy(), color="black", lw=1)
         for position, colour in ((0.0, gaze_colours(1)[0]), (1.0, "white")):

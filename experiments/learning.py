@@ -148,4 +148,5 @@ def monitor_cells(monitor: Monitor) -> list[str]:
 
 def working_folder(out: Path) -> Path:
     """Where learning for `out` grows until it is done."""
+    out = out.resolve()
     return out.with_name(f"{out.name}.learning")

@@ -11,7 +11,7 @@ import h5netcdf
 from matplotlib.figure import Figure
 from PIL import Image
 
-from foveate.inference.checkpoint import atomic_file
+from foveate.inference.checkpoint import atomic_file, require_replaceable
 from foveate.model.errors import InputError
 
 __all__ = [
@@ -79,6 +79,7 @@ def check_run(path: Path) -> None:
         InputError: see `check_directory`.
     """
     check_directory(path, ("model.safetensors",))
+    require_replaceable(path)
 
 
 def write_text(path: Path, text: str) -> None:

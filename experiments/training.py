@@ -156,6 +156,7 @@ def fit_logged(
 
 def unfinished_training(out: Path) -> Path:
     """Where the training of a run is kept until the run is whole."""
+    out = out.resolve()
     return out.with_name(f"{out.name}.training")
 
 

@@ -22,7 +22,7 @@ from foveate.inference.potential import CanonicalDensity, GazePotential, OddsSco
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid, density_coordinates
+from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
 
 __all__ = [
     "Candidates",
@@ -54,6 +54,8 @@ REACH, GLANCES = 4.0, 24
 PEOPLE = 8
 # Share of the smaller of two patches from which on an explained object explains the other, too.
 EXPLAINED = 0.3
+# Grey levels may lie so far outside [0, 1]: what interpolation overshoots is no picture of another scale.
+OUTSIDE = 0.2
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
 SMALLEST = 0.07
 
@@ -254,7 +256,7 @@ def attend(
         model: the generative model (`latent` does not matter: the gaze is sampled from the collapsed form, canonical
             images afterwards given the gaze).
         guide: proposes gazes.
-        pictures: a `Scenes`, or a list of ``(height, width)`` arrays or tensors in [0, 1] of any sizes.
+        pictures: a `Scenes`, or a list of ``(height, width)`` arrays or tensors, float in [0, 1] or uint8.
         chains: per scene, within the heaviest mode.
         draws: kept per chain.
         warmup: draws that adapt the step size, not kept.
@@ -271,7 +273,9 @@ def attend(
             (``posterior.gaze.unflatten(0, (-1, max_objects))``); modes, weights and presence of a row are those of what
             was left for it. Presence is 0 where nothing was left, and the draws then mean nothing.
         guide_steps: looks of the guide before sampling.
-        seed: of every random number; a scene's draws are keyed by its name and do not depend on what shares its batch.
+        seed: of every random number; a scene's are keyed by its name and do not depend on what shares its batch. (What
+            is computed with them does in float32's last digits, which warm-up and HMC may amplify to other draws of
+            the same posterior.)
         batch: scenes that are worked on together; memory grows with it, not with the number of pictures.
         progress: show a bar.
 
@@ -376,7 +380,7 @@ def canonical_draws(
     """Draws of v given gazes, in [0, 1] and in each patch's own light, by Gibbs (v, then h1).
 
     Args:
-        model: whose prior and noise are meant.
+        model: whose prior and noise (σ √T) are meant, as in the Pyro program.
         pyramid: the scenes.
         gaze: one draw of v for each.
         canonical: v where it is given; it is what comes back then.
@@ -388,6 +392,7 @@ def canonical_draws(
     if canonical is not None:
         return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
     observed = density_coordinates(patch)
+    noise = model.noise * model.temperature**0.5
     drawn = []
     for i in range(len(observed)):
         # A generator for every scene: what is drawn for one does not depend on the others.
@@ -395,12 +400,13 @@ def canonical_draws(
         v = observed[i]
         h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
         for _ in range(sweeps):
-            v = model.dbn.gibbs_canonical(observed[i], model.noise, v, h, generator)
+            v = model.dbn.gibbs_canonical(observed[i], noise, v, h, generator)
             h = model.dbn.gibbs_hidden(v, h, generator, update="recognition")
         drawn.append(v)
-    mean, sd = patch.mean((-2, -1), keepdim=True), patch.flatten(-2).std(-1)[..., None, None]
-    normalised = (model.dbn.to_canonical(torch.stack(drawn), brightness=0.5, contrast=0.1) - 0.5) / 0.1
-    return (mean + sd * normalised).clamp(0, 1)
+    # The inverse of `normalise`, with the light of each patch.
+    mean = patch.mean((-2, -1), keepdim=True)
+    sd = torch.sqrt((patch - mean).square().mean((-2, -1), keepdim=True) + NORMALISING_FLOOR**2)
+    return (mean + sd * from_density_coordinates(torch.stack(drawn))).clamp(0, 1)
 
 
 def _sampled(
@@ -673,7 +679,13 @@ def _picture(picture: Any, index: int) -> Tensor:
         raise InputError(
             f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]"
         )
-    tensor = tensor.float()
+    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")
+    low, high = float(tensor.min()), float(tensor.max())
+    if low < -OUTSIDE or high > 1 + OUTSIDE:
+        raise InputError(
+            f"picture {index} has values from {low:.4g} to {high:.4g}: scale them to [0, 1] "
+            "(8-bit values: divide by 255)"
+        )
     return tensor

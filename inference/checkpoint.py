@@ -29,7 +29,7 @@ from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 
-__all__ = ["FORMAT", "Run", "atomic_file", "load", "save", "write_json"]
+__all__ = ["FORMAT", "Run", "atomic_file", "load", "require_replaceable", "save", "write_json"]
 
 # Counts the layouts of a run's files; raised when an older program could not read what a newer one writes.
 # 2: the odds of edges are divided by the temperature as those of the pixels are, and have no weight of their own.
@@ -69,7 +69,7 @@ def save(run: Run, path: str | os.PathLike, log: Iterable[Mapping[str, Any]] | N
     previous = _previous(target)
     if previous.is_dir():
         _finish_replacing(target, previous)
-    _require_replaceable(target)
+    require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
@@ -177,7 +177,8 @@ def _write_run(run: Run, folder: Path, log: Iterable[Mapping[str, Any]] | None, 
     _flush(destination)
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """Refuse to put a run where anything but an earlier run lies: `InputError`."""
     if not target.exists():
         return
     if not target.is_dir():

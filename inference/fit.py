@@ -15,7 +15,7 @@ from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
 from foveate.inference.guide_training import GuideData, random_gazes, train_glance, train_looks
-from foveate.inference.prior_training import augmented_coordinates, train_dbn
+from foveate.inference.prior_training import FEWEST_PICTURES, augmented_coordinates, train_dbn
 from foveate.inference.resume import Checkpoint, digest
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -130,6 +130,11 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     held = held_out(len(scenes), scenes.people, generator)
     train = (~held).nonzero().flatten()
+    if len(train) < FEWEST_PICTURES:
+        raise InputError(
+            f"{len(scenes)} scenes, of which {int(held.sum())} are held out: the prior learns from "
+            f"{FEWEST_PICTURES} or more, give a few more scenes"
+        )
     report = progress or (lambda stage, done, total, figure: None)
 
     pyramid = coarse_pyramid(scenes, range(len(scenes)), lambda i, n: report("reading", i, n, 0.0))

@@ -407,7 +407,8 @@ def _maximisation(
             seed=plan.seed_of(number, 6),
             progress=lambda share, seen: report(f"prior, round {number}", int(1000 * share), 1000, seen.bound),
         )
-        model = following.model.to(device)
+        # Where the crops are; the stage that comes back from disk is moved to the device.
+        model = following.model
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
         model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
@@ -416,7 +417,7 @@ def _maximisation(
         validation = density_coordinates(watched)
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        guide = following.guide.to(device).eval()
+        guide = following.guide.eval()
         config = _without_guide_prior(model, guide, following.config)
         # The factor on the sds was that of the start's posterior; scenes without labels know no other.
         config = {name: value for name, value in config.items() if name != "coverage_factor"}

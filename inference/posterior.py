@@ -60,7 +60,8 @@ class Posterior:
             it has.
         modes: ``(scene, mode, 4)``, heaviest first; NaN where a scene has fewer.
         weights: ``(scene, mode)`` posterior weights of the modes; 0 where a scene has fewer.
-        presence: ``(scene,)`` probability that the scene shows the object at all.
+        presence: ``(scene,)`` probability that the scene shows the object at all; where a person's picture was given
+            to a model that tells people apart, a score of "this person is here", not a calibrated probability.
         path: ``(scene, step, 4)`` the gaze by step: start, steps of the guide, and last the posterior mean.
         canonical: ``(scene, 24, 24)`` posterior mean of the canonical image, in [0, 1].
         canonical_draws: ``(scene, chain, kept, 24, 24)`` some of its draws.

@@ -174,7 +174,7 @@ def test_a_picture_that_cannot_be_attended_to_is_refused_and_the_earlier_output_
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "gazes.csv").write_text("an earlier one")
+    (out / "posterior.nc").write_text("an earlier one")
     (tmp_path / "x.png").write_text("no picture")
     before = _contents(tmp_path)
     for given, message in (("x.png", "cannot be read as a picture"), ("absent.png", "no such picture")):

@@ -521,3 +521,32 @@ def test_a_model_without_clutter_is_refused_with_the_reason(world: World) -> Non
     # With v given the paper's likelihood can be followed; that is allowed.
     v = pattern(0).float().expand(1, 24, 24)
     attend(bare, world.guide, world.scenes[:1], start=world.start[:1], canonical=v, **SHORT)
+
+
+def test_drawn_canonical_images_carry_the_light_of_their_patch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw that equals what is observed comes back as the patch, and the noise is that of the Pyro program, σ √T."""
+    pyramid = Pyramid.build(world.scenes.pictures())
+    gaze = world.start[:, None, None]
+    given: list[float] = []
+
+    def observed(dbn: Any, seen: torch.Tensor, noise: float, *rest: Any) -> torch.Tensor:
+        given.append(noise)
+        return seen
+
+    monkeypatch.setattr(type(world.model.dbn), "gibbs_canonical", observed)
+    monkeypatch.setattr(world.model, "temperature", 16.0)
+    streams = torch.arange(len(pyramid))[:, None]
+    drawn = attending.canonical_draws(world.model, pyramid, gaze, None, 0, streams)
+    patch = pyramid.extract(gaze).float()
+    # float32, there and back.
+    torch.testing.assert_close(drawn, patch.clamp(0, 1), rtol=0, atol=1e-5)
+    assert set(given) == {4 * world.model.noise}
+
+
+def test_pictures_of_eight_bits_are_divided_by_255_and_other_scales_are_refused(world: World) -> None:
+    picture = (255 * world.scenes.pictures([0])[0].clamp(0, 1)).to(torch.uint8)
+    bytes_read, _ = attending._read([picture], range(1), torch.device("cpu"))
+    floats_read, _ = attending._read([picture.float() / 255], range(1), torch.device("cpu"))
+    assert torch.equal(bytes_read.texels, floats_read.texels)
+    with pytest.raises(InputError, match=r"picture 0 has values from .* to \d+: scale them to \[0, 1\]"):
+        attending._read([picture.float()], range(1), torch.device("cpu"))
