@@ -22,8 +22,8 @@ def test_training_that_was_interrupted_is_resumed_to_the_same_guide(
     tmp_path: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ((96, 120),)
-    scenes = orl_scenes("train", 14, sizes=small)
-    parts = {"orl@train": scenes[:8], "orl@test": scenes[8:]}
+    scenes = orl_scenes("train", 20, sizes=small)
+    parts = {"orl@train": scenes[:12], "orl@test": scenes[12:]}
     monkeypatch.setattr("foveate.data.Scenes.from_spec", lambda spec, seed: parts[spec])
     monkeypatch.setattr(
         "foveate.experiments.training.default_clutter", lambda spec, seed: orl_clutter("train", 2, sizes=small)
