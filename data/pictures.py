@@ -300,13 +300,13 @@ def _grey(image: Image.Image, path: Path) -> np.ndarray:
             raise InputError(f"{path}: has integers from {low} to {high}; save it with 8 or 16 bits a pixel")
         return (array / np.float32(65535)).astype(np.float32)
     if image.mode == "F":
-        array = np.asarray(image, dtype=np.float32)
+        array = np.array(image, dtype=np.float32)
         _check_range(array, str(path))
         return array
     if _is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, MID_GREY), image)
-    # A copy: pillow's own buffer is read-only, and torch wants one that is not.
+    # A copy, as above: pillow's own buffer is read-only, and torch wants one that is not.
     return np.array(image.convert("L"))
 
 

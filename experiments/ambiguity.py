@@ -93,7 +93,8 @@ class Ambiguity(Common):
         kind, _, split = parse_spec(self.data)
         if split is not None:
             raise InputError(f"--data {self.data}: leave @{split} away; it trains on @train and asks on @test")
-        check_directory(self.out, ("results.json", "run", "ends.png"))
+        marks = {"results.json": "basins", "run/model.safetensors": None, "run.training": None, "ends.png": None}
+        check_directory(self.out, marks)
         began = time.perf_counter()
         run = self._trained(kind) if self.trained is None else open_run(self.trained, self.torch_device)
         if run.model.identity is None:

@@ -22,6 +22,7 @@ from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import attend_batches
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
 
 __all__ = ["COLUMNS", "Attend", "rows_of"]
 
@@ -62,9 +63,9 @@ class Attend(Common):
     def run(self) -> None:
         self.sampling.check()
         require_at_least("--max-objects", self.max_objects, 1)
-        check_directory(self.out, ("posterior.nc", UNFINISHED))
+        check_directory(self.out, {"posterior.nc": None, UNFINISHED: None})
         run = open_run(self.source, self.torch_device)
-        scenes = _each_once(UnlabelledScenes.from_files(self.pictures))
+        scenes = _each_once(UnlabelledScenes.from_files(self.pictures), self.out)
         unfinished = self.out / UNFINISHED
         announce(f"attending to {len(scenes)} pictures; rows appear in {unfinished}, the whole output in {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
@@ -75,8 +76,9 @@ class Attend(Common):
         posteriors = attend_batches(
             run.model, run.guide, scenes, max_objects=self.max_objects, **how_much, seed=self.seed, progress=True
         )
-        kept, parts = _stream(posteriors, scenes, unfinished, float(run.config.get("coverage_factor", 1.0)))
-        _report(kept, len(scenes), unfinished)
+        factor = float(run.config.get("coverage_factor", 1.0))
+        kept, parts = _stream(posteriors, scenes, unfinished, factor)
+        _report(kept, len(scenes), unfinished, factor)
         merge_netcdf(parts, unfinished / "posterior.nc")
         for part in parts:
             part.unlink()
@@ -121,11 +123,20 @@ def _number(posterior: Posterior, i: int) -> int:
     return posterior.names[: i + 1].count(posterior.names[i])
 
 
-def _each_once(scenes: UnlabelledScenes) -> UnlabelledScenes:
-    """The scenes without those named twice, by themselves and by their folder say."""
+def _each_once(scenes: UnlabelledScenes, out: Path) -> UnlabelledScenes:
+    """The scenes without those named twice, by themselves and by their folder say, and without earlier overlays.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    drawn = [(out / name).resolve() for name in ("overlays", UNFINISHED)]
     first: dict[Path, int] = {}
     for i, name in enumerate(scenes.names):
-        first.setdefault(Path(name).resolve(), i)
+        place = Path(name).resolve()
+        if not any(place.is_relative_to(folder) for folder in drawn):
+            first.setdefault(place, i)
+    if not first:
+        raise InputError(f"{out}: every picture given is an overlay of an earlier output there; name other pictures")
     return scenes.subset(list(first.values()))
 
 
@@ -161,8 +172,8 @@ def _stream(
 
 
 def overlay_name(index: int, name: str, number: int = 1) -> str:
-    """File name of an object's overlay: numbered, for pictures of different folders may have the same name."""
-    return f"{index:05d}_{Path(name).stem}{f'_{number}' if number > 1 else ''}.png"
+    """File name of an object's overlay: numbered, for pictures may have the same name, and not too long."""
+    return f"{index:05d}_{Path(name).stem[:60]}{f'_{number}' if number > 1 else ''}.png"
 
 
 def _sure(posterior: Posterior, i: int, factor: float) -> str:
@@ -171,7 +182,7 @@ def _sure(posterior: Posterior, i: int, factor: float) -> str:
     return f"presence {presence:.2f}, ±{max(x, y):.1f} px, ±{100 * size:.0f} %, ±{math.degrees(turn):.1f}°"
 
 
-def _report(posterior: Posterior, count: int, folder: Path) -> None:
+def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> None:
     report = Report("Where the object is, and how sure")
     shown = f"the first {REPORTED} of {count} pictures" if count > REPORTED else f"{count} pictures"
     report.paragraph(
@@ -197,5 +208,10 @@ def _report(posterior: Posterior, count: int, folder: Path) -> None:
             overlay, f"{name} with the gaze drawn over it", name if number == 1 else f"{name}, object {number}"
         )
     report.heading("Posterior")
+    if factor != 1:
+        report.paragraph(
+            "The standard deviations here are those of the draws. With the pictures and in gazes.csv they are "
+            f"{factor:.2f} times as wide, the factor that scenes held out of training asked for."
+        )
     add_summary(report, posterior)
     report.write(folder / "report.html")

@@ -39,7 +39,7 @@ COMMANDS: dict[str, type[Common]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after input that cannot be used.
+    """Run one command; returns the exit status: 0, 2 after input that cannot be used, 1 where the machine gave up.
 
     Args:
         arguments: the words behind `foveate`; those of this process by default.
@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"foveate {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A full disk, a folder that was taken away: nothing that a traceback would explain.
+        print(f"foveate {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"foveate {name}: interrupted", file=sys.stderr)
         return 130

@@ -69,7 +69,7 @@ class Demo(Common):
         require_at_least("--scenes", self.scenes, 12)
         require_at_least("--clutter", self.clutter, 1)
         require_at_least("--unseen", self.unseen, 1)
-        check_directory(self.out, ("results.json", "run"))
+        check_directory(self.out, {"results.json": "astronaut", "run/model.safetensors": None, "run.training": None})
         began = time.perf_counter()
         train = orl_scenes("train", self.scenes, self.seed)
         clutter = orl_clutter("train", self.clutter, self.seed)

@@ -63,7 +63,7 @@ class Density(Common):
     def run(self) -> None:
         self.sampling.check()
         require_at_least("--samples", self.samples, 1)
-        check_directory(self.out, ("results.json",))
+        check_directory(self.out, {"results.json": "scores"})
         places = {"before": self.before, "after": self.after, "with labels": self.labelled}
         runs = {name: open_run(path, self.torch_device) for name, path in places.items() if path is not None}
         if not self.data:

@@ -80,7 +80,7 @@ class Likelihood(Common):
         self.sampling.check()
         require_at_least("--random", self.random, 1)
         require_at_least("--diagonal-steps", self.diagonal_steps, 1)
-        check_directory(self.out, ("results.json",))
+        check_directory(self.out, {"results.json": "variant"})
         run = open_run(self.source, self.torch_device)
         if not self.data:
             raise InputError("no SPEC was given: name the scenes to report on with --data")

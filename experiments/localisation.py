@@ -124,10 +124,10 @@ class Localisation(Common):
         self.sampling.check()
         require_at_least("--seeds", self.seeds, 1)
         require_at_least("--starts", self.starts, 1)
-        check_directory(self.out, ("results.json", "seed_0"))
+        check_directory(self.out, {"results.json": "collections", "seed_0": None, "seed_0.training": None})
         require_opencv()
         began = time.perf_counter()
-        collections = [_collection(spec, self.seed) for spec in self.data or ("orl@test",)]
+        collections = _collections(self.data or ("orl@test",), self.seed)
         train, labels = labelled_scenes(self.train or ("orl@train",), self.seed)
         empty = _empty(self.empty, self.seed)
         given = [open_run(path, self.torch_device) for path in self.runs]
@@ -280,6 +280,16 @@ def starts_off_by(
     else:
         rotation = math.radians(size) * turn.cos().sign()
     return gazes.compose(truth.double(), gazes.from_parts(centre, scale, rotation))
+
+
+def _collections(specs: Sequence[str], seed: int) -> list[Collection]:
+    """The collections, each under a name of its own: folders may have the same name, and figures are called by it."""
+    found = [_collection(spec, seed) for spec in specs]
+    labels = [collection.label for collection in found]
+    return [
+        c if labels.count(c.label) == 1 else c._replace(label=f"{c.label}_{1 + labels[:k].count(c.label)}")
+        for k, c in enumerate(found)
+    ]
 
 
 def _collection(spec: str, seed: int) -> Collection:

@@ -38,9 +38,11 @@ class Common:
         """Check these options and set the number of threads.
 
         Raises:
-            InputError: a negative seed, no thread, or CUDA where there is none.
+            InputError: a negative or huge seed, no thread, or CUDA where there is none.
         """
         require_at_least("--seed", self.seed, 0)
+        if self.seed >= 2**31:
+            raise InputError(f"--seed {self.seed}: at most {2**31 - 1} is possible")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: PyTorch sees no CUDA device here; leave --device away, or say cpu")
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def check_json(path: Path, key: str) -> None:
     Raises:
         InputError: `path` is a folder, another file, or in a place that cannot be written.
     """
-    _check_file(path, ".json", lambda: key in json.loads(path.read_text(encoding="utf-8")))
+    _check_file(path, ".json", lambda: _holds(path, key))
 
 
 def check_picture(path: Path) -> None:
@@ -56,30 +56,36 @@ def check_picture(path: Path) -> None:
     _check_file(path, ".png", ours)
 
 
-def check_directory(path: Path, marks: Sequence[str]) -> None:
-    """Refuse an output folder that exists, is not empty and holds none of `marks`, the files of an earlier output.
+def check_directory(path: Path, marks: Mapping[str, str | None]) -> None:
+    """Refuse an output folder that exists, is not empty and holds none of the files of an earlier output.
+
+    Args:
+        path: the folder.
+        marks: names of such files and folders; of a JSON file, what every output of the kind holds at its top level,
+            for other people's programs write a `results.json`, too.
 
     Raises:
         InputError: also when `path` is a file, or is in a place that cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, and the output is a folder; name another place with --out")
-    if path.is_dir() and any(path.iterdir()) and not any((path / mark).exists() for mark in marks):
-        raise InputError(
-            f"{path}: this folder holds other things than an earlier output (no {' or '.join(marks)}); "
-            "name another place with --out, or empty it"
-        )
+    if path.is_dir() and any(path.iterdir()):
+        if not any((path / mark).exists() if key is None else _holds(path / mark, key) for mark, key in marks.items()):
+            raise InputError(
+                f"{path}: this folder holds other things than an earlier output of this command (its "
+                f"{' or '.join(marks)}); name another place with --out, or empty it"
+            )
     _check_place(path)
 
 
 def check_run(path: Path) -> None:
-    """Refuse to put a run where something else lies; an earlier run may be replaced.
+    """Refuse before the work what saving a run would refuse after it; an earlier run may be replaced.
 
     Raises:
-        InputError: see `check_directory`.
+        InputError: `path` is a file or a folder with other things, or is in a place that cannot be written.
     """
-    check_directory(path, ("model.safetensors",))
     require_replaceable(path)
+    _check_place(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,6 +134,15 @@ def merge_netcdf(parts: Sequence[Path], path: Path, dimension: str = "scene") ->
                         _lay_out(file, joint, dimension, sum(counts))
                     _copy(file, joint, dimension, slice(begin, begin + count))
                 begin += count
+
+
+def _holds(path: Path, key: str) -> bool:
+    """Whether a file is JSON with `key` at its top level."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and key in content
 
 
 def _check_file(path: Path, suffix: str, ours: Callable[[], bool]) -> None:

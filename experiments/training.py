@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -151,6 +152,7 @@ def fit_logged(
         )
     run = Run(run.model, run.guide, run.config | (labels or {}))
     save(run, out, log.values())
+    shutil.rmtree(unfinished, ignore_errors=True)
     return run
 
 

@@ -117,7 +117,11 @@ def load(path: str | os.PathLike) -> Run:
             edges=EdgeOdds.blank() if model_form.get("edges") else None,
         )
         guide = GazeGuide(**guide_form)
-    except (KeyError, TypeError) as error:
+        if not isinstance(stated, dict):
+            raise TypeError(f"settings are {stated!r}")
+        # Options that do not fit are told here, not at the first picture.
+        model.prior(torch.ones(2))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{where}: {_named(error)} is missing or of the wrong kind; train or copy the run again"
         ) from error
@@ -146,7 +150,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: some writers choose their format by it.
-    partial = target.with_name(f".{uuid.uuid4().hex}.partial.{target.name}")
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial{target.suffix}")
     try:
         yield partial
         _flush(partial)

@@ -105,21 +105,22 @@ def fit(
         glance_steps: steps of the guide's peripheral half; 600 take about half a minute on two cores.
         look_steps: steps of its foveal half; 600 take about 45 s.
         dbn_steps: steps of the prior at most (it stops itself).
-        noise: σ of the likelihood, in normalised intensities.
+        noise: σ of the likelihood to begin with, in normalised intensities; calibration chooses another one where it
+            finds the object in scenes held out.
         width: channels of the guide's first layer.
         seed: of every random number used.
         device: where the guide is trained.
         progress: called after every step with stage, step, steps and the figure to watch.
-        checkpoint: a folder where the guide's training is kept every 100 steps; it is gone when all is done. (The
-            prior takes a minute or two and is begun anew.)
+        checkpoint: a folder where the guide's training is kept every 100 steps, to be removed when the run is saved.
+            (The prior takes a minute or two and is begun anew.)
         resume: go on from what is at `checkpoint`, if anything is, to the same result as without an interruption.
 
     Returns:
         The run: model, guide and the configuration that made them.
 
     Raises:
-        InputError: for scenes without gazes, or fewer than 12; for a checkpoint of other scenes or settings, or one
-            that is not to be resumed.
+        InputError: for scenes without gazes, or fewer than 12, or fewer than 10 beside those held out; for a
+            checkpoint of other scenes or settings, or one that is not to be resumed.
     """
     truth = scenes.gazes
     if truth is None or bool(truth.isnan().any()):
@@ -177,7 +178,6 @@ def fit(
     figures = calibrate(model, guide, scenes, held.nonzero().flatten(), truth)
     factor = calibrated_factor(model, guide, scenes, held.nonzero().flatten(), truth)
     report("calibrating", 1, 1, figures["validation_accuracy"])
-    kept.remove()
     config = {
         "scenes": len(scenes),
         "held_out": int(held.sum()),

@@ -53,6 +53,7 @@ from foveate.inference.noise import KeyedNoise, stream_keys
 from foveate.inference.posterior import picture_hash
 from foveate.inference.potential import GazePotential
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
+from foveate.inference.resume import digest
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
@@ -72,6 +73,10 @@ MOST_TEXELS = 800_000_000
 MOST_CLUTTER = 200
 # Fewer scenes teach nothing; as for the bootstrap.
 FEWEST = 12
+# Of the scenes held out, so many must be drawn for the evidence to be weighed anew; a ridge holds what few cannot say.
+FEWEST_TO_WEIGH = 6
+# The prior and the clutter model read the crops of at most so many scenes, whatever the number of scenes.
+MOST_CROPPED = 8000
 # Share of the scenes held out to watch, and at most so many.
 HELD_OUT, MOST_HELD_OUT = 0.1, 120
 # Of what the start was sure of, a round must find at least this share again. A start is not always right where it is
@@ -396,7 +401,8 @@ def _maximisation(
     def believe() -> Run:
         following = load(place / "look")
         torch.manual_seed(plan.seed_of(number, 5))
-        crops = found.read("crops", chosen)
+        some = torch.randperm(len(chosen), generator=plan.generator(number, 10))[:MOST_CROPPED].sort().values
+        crops = found.read("crops", chosen[some])
         sure = _chosen(_certainty(held, None), plan.generator(number, 9))
         watched = held.read("crops")[:, 0]
         dbn = train_dbn(
@@ -419,8 +425,9 @@ def _maximisation(
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
         guide = following.guide.eval()
         config = _without_guide_prior(model, guide, following.config)
-        # The factor on the sds was that of the start's posterior; scenes without labels know no other.
-        config = {name: value for name, value in config.items() if name != "coverage_factor"}
+        # The factors on the sds were those of the start: the guide's sds have been trained anew, on more scenes than
+        # they were calibrated on, and for the posterior's scenes without labels know no other.
+        config = {name: value for name, value in config.items() if name not in ("coverage_factor", "log_sd_offset")}
         return _weighed(Run(model, guide, config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
@@ -450,7 +457,7 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
     that found it is not the one whose modes are weighed, and neither has learned from these scenes.
     """
     chosen = _chosen(_certainty(held, None), plan.generator(number, 8))
-    if len(chosen) < FEWEST:
+    if len(chosen) < FEWEST_TO_WEIGH:
         return run
     gaze = held.read("gaze", chosen)
     found, truth = [], []
@@ -536,7 +543,7 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         "first_picture": picture_hash(scenes.pictures([0])[0]),
         "clutter": 0 if plan.clutter is None else len(plan.clutter),
         "seed": plan.seed,
-        "start": str(float(sum(value.double().sum() for value in run.guide.state_dict().values()))),
+        "start": digest(*(v for part in (run.model, run.guide) for v in part.state_dict().values())),
         **plan.numbers,
     }
     path = folder / "plan.json"

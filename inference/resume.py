@@ -6,7 +6,6 @@ says of what: a checkpoint of other scenes or settings is refused. Nothing in it
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,11 +124,6 @@ class Checkpoint:
         with atomic_file(path) as partial:
             # Copies: safetensors refuses tensors that share memory or are not contiguous.
             save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, partial)
-
-    def remove(self) -> None:
-        """Remove the folder: training is done."""
-        if self.folder is not None and self.folder.exists():
-            shutil.rmtree(self.folder)
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage}.safetensors"

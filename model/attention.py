@@ -34,6 +34,11 @@ from foveate.model.patch import Pyramid, density_coordinates
 __all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_pyramid"]
 
 LATENTS = ("full", "given_hidden", "collapsed")
+# The priors over gazes and the options of each.
+PRIORS: dict[str, tuple[type[gazes.GazePrior] | type[gazes.FlatGazePrior], tuple[str, ...]]] = {
+    "proper": (gazes.GazePrior, ("typical", "log_scale_sd", "rotation_sd", "edge")),
+    "flat": (gazes.FlatGazePrior, ("largest",)),
+}
 
 
 class _HasPictures(Protocol):
@@ -151,7 +156,7 @@ class AttentionModel(PyroModule):
         super().__init__()
         if latent not in LATENTS:
             raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
-        if gaze_prior not in ("proper", "flat"):
+        if gaze_prior not in PRIORS:
             raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
         if not noise > 0:
             raise InputError(f"noise={noise}: the likelihood needs a positive standard deviation")
@@ -196,9 +201,19 @@ class AttentionModel(PyroModule):
         return other
 
     def prior(self, size: Tensor) -> gazes.GazePrior | gazes.FlatGazePrior:
-        """Prior over gazes for pictures of `size` ``(..., 2)`` holding height and width."""
+        """Prior over gazes for pictures of `size` ``(..., 2)`` holding height and width.
+
+        Raises:
+            InputError: `prior_options` are those of the other prior.
+        """
+        kind, known = PRIORS[self.gaze_prior]
+        unknown = set(self.prior_options) - set(known)
+        if unknown:
+            raise InputError(
+                f"prior_options: the {self.gaze_prior} gaze prior knows no {', '.join(sorted(unknown))}, only "
+                f"{', '.join(known)}; give those, or none"
+            )
         options: dict[str, Any] = self.prior_options
-        kind = gazes.GazePrior if self.gaze_prior == "proper" else gazes.FlatGazePrior
         return kind(size, **options)
 
     def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:

@@ -1,6 +1,8 @@
 """Every public path keeps to the device of its inputs: held by a second device that computes but does not mix."""
 
+import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from foveate.inference.attend import attend
+from foveate.data import Scenes
+from foveate.inference.attend import Candidates, attend
+from foveate.inference.checkpoint import Run
+from foveate.inference.fit import fit_clutter
 from foveate.inference.glance import Glance, glance_loss, propose
 from foveate.inference.guide import WINDOW, GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
@@ -24,6 +29,9 @@ from foveate.model.density import EllipticalDensity
 from foveate.model.patch import Pyramid, density_coordinates, extract, from_density_coordinates, normalise
 from foveate.model.rbm import BernoulliRBM
 
+# The package's functions `fit` and `learn` hide the modules of the same names.
+fitting = importlib.import_module("foveate.inference.fit")
+learning = importlib.import_module("foveate.inference.learn")
 ELSEWHERE = torch.device("meta")
 
 
@@ -323,6 +331,52 @@ def test_a_guide_elsewhere_learns_from_scenes_here() -> None:
     after = [p.detach().cpu() for p in guide.parameters()]
     assert {p.device for p in guide.parameters()} == {ELSEWHERE}
     assert any(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_an_m_step_keeps_to_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, guide = toy_model(), GazeGuide(4).eval()
+
+    # What other tests here hold to the device, and what would take long: attending, the guide's training, the prior's.
+    def found(run: Run, pictures: list[Tensor], *others: Any) -> dict[str, Tensor]:
+        gaze, draws = some_gazes(len(pictures)), some_gazes(len(pictures), 2, 3)
+        crops = torch.rand(len(pictures), 2, 24, 24)
+        return {"presence": torch.ones(len(pictures)).double(), "gaze": gaze, "draws": draws, "crops": crops}
+
+    def trained(guide: GazeGuide, data: GuideData, **options: Any) -> None:
+        guide.evidence.add_(torch.ones(4, device=guide.evidence.device))
+
+    def modes(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, modes: int) -> Candidates:
+        everywhere = [*model.state_dict().values(), *guide.state_dict().values(), pyramid.texels]
+        (device,) = {value.device for value in everywhere}
+        searched.append(device)
+        gaze = some_gazes(len(pyramid), 2).double().to(device)
+        one = torch.ones(len(pyramid), 2, device=device).double()
+        return Candidates(gaze, one[..., None].expand(-1, -1, 4), one[..., None].expand(-1, -1, 3), one, gaze)
+
+    searched: list[torch.device] = []
+    monkeypatch.setattr(learning, "_attended", found)
+    monkeypatch.setattr(learning, "train_glance", trained)
+    monkeypatch.setattr(learning, "train_looks", trained)
+    monkeypatch.setattr(learning, "train_dbn", lambda crops, **options: toy_model().dbn)
+    monkeypatch.setattr(learning, "choose_elliptical", lambda *crops, student: (EllipticalDensity.blank(575), 0.0))
+    monkeypatch.setattr(learning, "search", modes)
+    monkeypatch.setattr(learning, "fit_clutter", partial(fit_clutter, count=200))
+    monkeypatch.setattr(fitting, "MINED", 1)
+    monkeypatch.setattr(learning, "RETAINED", 0.0)
+    scenes = Scenes.from_pictures([torch.rand(40, 50) for _ in range(24)]).without_gazes()
+    learned: list[Run] = []
+    learning.learn(
+        Run(model.to(ELSEWHERE), guide.to(ELSEWHERE), {}),
+        scenes,
+        rounds=1,
+        glance_steps=1,
+        look_steps=1,
+        dbn_steps=1,
+        each_round=lambda monitor, run: learned.append(run),
+    )
+    assert len(learned) == 2 and len(searched) == 1
+    for part in (learned[1].model, learned[1].guide):
+        assert {value.device for value in part.state_dict().values()} == {ELSEWHERE}
 
 
 def test_attending_happens_where_model_and_guide_live() -> None:

@@ -75,6 +75,7 @@ def test_every_command_takes_seed_device_and_threads_and_explains_itself(
         (["train", "--data", "orl", "--clutter", "caltech:DIR"], "show faces"),
         (["train", "--data", "orl", "--glance-steps", "0"], "--glance-steps 0: at least 1 is needed"),
         (["train", "--data", "orl", "--seed", "-1"], "--seed -1: at least 0 is needed"),
+        (["train", "--data", "orl", "--seed", "2147483648"], "at most 2147483647 is possible"),
         (["train", "--data", "orl", "--threads", "0"], "--threads 0: at least 1 is needed"),
         (["demo", "--unseen", "0"], "--unseen 0: at least 1 is needed"),
         (["demo", "--draws", "0"], "--draws 0: at least 1 is needed"),
@@ -209,6 +210,70 @@ def test_an_output_that_would_replace_something_else_is_refused_up_front(
     told = _refused([command, *given, "--out", str(out)], capsys)
     assert str(out) in told
     assert _contents(tmp_path) == before
+
+
+def test_a_folder_of_somebodys_labels_is_no_earlier_output_of_attending(
+    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _write_pictures(orl_scenes("train", 2, sizes=SMALL), tmp_path / "pictures")
+    before = _contents(tmp_path)
+    told = _refused(["attend", str(blank_run), str(folder), "--out", str(folder)], capsys)
+    assert "holds other things than an earlier output" in told
+    assert _contents(tmp_path) == before
+
+
+def test_overlays_of_an_earlier_output_are_not_attended_to(
+    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A $ would begin a formula in a title, and a name may be as long as names of files are.
+    long = "a" * 250
+    for name in ("1$_2$", long):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60), dtype=np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
+    monkeypatch.chdir(tmp_path)
+    words = ["attend", str(blank_run), ".", "--out", "found", "--chains", "1", "--draws", "4", "--warmup", "2"]
+    for _ in range(2):
+        assert main([*words, *THREADS]) == 0
+        with Path("found/gazes.csv").open(encoding="utf-8") as table:
+            assert [row["file"] for row in csv.DictReader(table)] == ["1$_2$.png", f"{long}.png"]
+    assert {p.name for p in Path("found/overlays").iterdir()} == {"00000_1$_2$.png", f"00001_{'a' * 60}.png"}
+    capsys.readouterr()
+    overlays = str(Path("found/overlays"))
+    assert "overlay of an earlier output" in _refused(["attend", str(blank_run), overlays, "--out", "found"], capsys)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of files are bytes on Linux alone")
+def test_a_file_name_of_another_encoding_is_refused_before_any_work(
+    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode("Käthe.png".encode("latin-1"))
+    Image.new("L", (40, 40)).save(tmp_path / name)
+    told = _refused(["attend", str(blank_run), str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+    assert "not UTF-8; rename the file" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_gives_up_is_told_in_one_line(
+    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "p.png")
+
+    monkeypatch.setattr("foveate.experiments.training.save_figure", full)
+    assert main(["sample", str(blank_run), "--out", str(tmp_path / "p.png"), "--count", "1", *THREADS]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "foveate sample: [Errno 28] No space left on device: 'p.png'"
+
+
+@pytest.mark.parametrize("command", ["train", "learn"])
+def test_a_run_is_not_put_into_the_folder_one_stands_in_among_other_things(
+    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    run = [str(blank_run)] if command == "learn" else []
+    assert "holds files but no run" in _refused([command, *run, "--data", "orl", "--out", "."], capsys)
 
 
 def test_attending_that_fails_half_way_leaves_the_earlier_output_whole(

@@ -9,6 +9,7 @@ import torch
 
 from foveate.experiments.cli import main
 from foveate.experiments.demo import astronaut
+from foveate.experiments.training import unfinished_training
 from foveate.model import gaze as gazes
 
 
@@ -21,6 +22,21 @@ def test_the_astronauts_face_is_where_it_was_marked() -> None:
     assert torch.dist(parts.centre, torch.tensor([225.0, 117.0]).double()) < 10
     assert 24 * float(parts.scale) == pytest.approx(104, abs=10)
     assert abs(float(parts.rotation)) < 0.1
+
+
+def test_a_demo_that_was_interrupted_is_begun_again_where_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(scenes: object, clutter: object, out: Path, *arguments: object) -> None:
+        training.append(unfinished_training(out).is_dir())
+        unfinished_training(out).mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    training: list[bool] = []
+    monkeypatch.setattr("foveate.experiments.demo.fit_logged", interrupted)
+    words = ["demo", "--out", str(tmp_path / "demo"), "--scenes", "12", "--clutter", "1", "--unseen", "1"]
+    assert main([*words, "--threads", "1"]) == main([*words, "--threads", "1"]) == 130
+    assert training == [False, True], capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_posteriors_merged_as_files_equal_posteriors_concatenated(tmp_path: Path
 def test_what_is_not_there_yet_may_be_written_wherever_a_folder_can_be_made(tmp_path: Path) -> None:
     check_json(tmp_path / "a" / "b" / "scores.json", "accuracy")
     check_picture(tmp_path / "a" / "p.png")
-    check_directory(tmp_path / "a" / "b", ("gazes.csv",))
+    check_directory(tmp_path / "a" / "b", {"posterior.nc": None})
     check_run(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -72,9 +72,13 @@ def test_an_earlier_output_of_the_same_kind_may_be_replaced(tmp_path: Path) -> N
     save_figure(legend_figure(3), tmp_path / "p.png")
     check_picture(tmp_path / "p.png")
     (tmp_path / "out").mkdir()
-    check_directory(tmp_path / "out", ("gazes.csv",))  # empty
-    (tmp_path / "out" / "gazes.csv").touch()
-    check_directory(tmp_path / "out", ("gazes.csv",))
+    marks = {"posterior.nc": None, "results.json": "scores"}
+    check_directory(tmp_path / "out", marks)  # empty
+    (tmp_path / "out" / "posterior.nc").touch()
+    check_directory(tmp_path / "out", marks)
+    (tmp_path / "out" / "posterior.nc").unlink()
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"scores": {}}))
+    check_directory(tmp_path / "out", marks)
 
 
 def _other_json(path: Path) -> None:
@@ -88,6 +92,12 @@ def _photograph(path: Path) -> None:
 def _folder_with_things(path: Path) -> None:
     path.mkdir()
     (path / "thesis.txt").write_text("mine")
+
+
+def _folder_with_results(path: Path) -> None:
+    """Of somebody else's program."""
+    path.mkdir()
+    _other_json(path / "results.json")
 
 
 def _file(path: Path) -> None:
@@ -105,9 +115,11 @@ def _file(path: Path) -> None:
         ("holiday.png", _photograph, check_picture, "no earlier output"),
         ("broken.png", _file, check_picture, "no earlier output"),
         ("p.jpg", lambda p: None, check_picture, ".png file"),
-        ("out", _folder_with_things, lambda p: check_directory(p, ("gazes.csv",)), "other things"),
-        ("out", _file, lambda p: check_directory(p, ("gazes.csv",)), "is a file"),
-        ("run", _folder_with_things, check_run, "other things"),
+        ("out", _folder_with_things, lambda p: check_directory(p, {"thesis.nc": None}), "other things"),
+        ("out", _folder_with_results, lambda p: check_directory(p, {"results.json": "scores"}), "other things"),
+        ("out", _file, lambda p: check_directory(p, {"thesis.nc": None}), "is a file"),
+        ("run", _folder_with_things, check_run, "holds files but no run"),
+        ("run", _file, check_run, "is a file"),
     ],
 )
 def test_anything_else_is_refused_and_left_as_it_is(

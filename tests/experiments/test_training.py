@@ -11,6 +11,8 @@ import torch
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments.cli import main
 from foveate.experiments.conventions import labelled_scenes
+from foveate.experiments.learning import working_folder
+from foveate.experiments.training import unfinished_training
 from foveate.inference.checkpoint import load
 from foveate.model import gaze as gazes
 
@@ -62,6 +64,16 @@ def test_training_that_was_interrupted_is_resumed_to_the_same_guide(
     ]
     assert [{**entry, "seconds": 0} for entry in logs[0]] == [{**entry, "seconds": 0} for entry in logs[1]]
     assert sorted(entry["seconds"] for entry in logs[1]) == [entry["seconds"] for entry in logs[1]]
+
+
+def test_what_is_unfinished_lies_beside_the_run_wherever_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for out in (Path("."), Path("../run"), tmp_path / "run"):
+        assert unfinished_training(out) == tmp_path / "run.training"
+        assert working_folder(out) == tmp_path / "run.learning"
 
 
 def test_labels_of_a_second_collection_are_taught_as_the_first_would_have_drawn_them(

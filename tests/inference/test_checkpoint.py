@@ -279,6 +279,24 @@ def test_a_config_that_is_not_a_runs_is_refused(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("guide", {"width": -5}),
+        ("settings", []),
+        ("model", {"noise": -1.0}),
+        ("model", {"noise": "loud"}),
+        ("model", {"prior_options": {"largest": 1.2}}),
+        ("model", {"prior_options": 3}),
+    ],
+)
+def test_entries_of_a_config_that_mean_nothing_are_told_with_the_file(copy: Path, part: str, changed: Any) -> None:
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    edit(copy / "config.json", **{part: {**config[part], **changed} if isinstance(changed, dict) else changed})
+    with pytest.raises(InputError, match=r"(?s)config\.json: an entry .* of the wrong kind; train or"):
+        load(copy)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "guide.safetensors"])
 def test_a_tensor_file_that_is_absent_or_cut_short_is_named(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()

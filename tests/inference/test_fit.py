@@ -351,6 +351,13 @@ def test_scenes_without_gazes_or_too_few_are_refused() -> None:
         fit(scenes.subset(range(11)), **STEPS)
 
 
+def test_too_few_scenes_beside_those_held_out_are_refused_before_the_guide_is_trained() -> None:
+    stages: list[str] = []
+    with pytest.raises(InputError, match="13 scenes, of which 4 are held out: the prior learns from 10 or more"):
+        fit(soft_scenes(13), **STEPS, progress=lambda stage, done, total, figure: stages.append(stage))
+    assert stages == []
+
+
 @pytest.mark.parametrize("width", [1.0, 0.3, 0.1, 0.05])
 def test_a_posterior_of_any_width_about_the_truth_is_normalised(width: float) -> None:
     """A normal law with sds of `width` times the mode's, one of them off the truth: its integral is one."""

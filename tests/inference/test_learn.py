@@ -209,7 +209,7 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     run = small_run()
     run.guide.prior_weight.fill_(1.0)
     run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
-    run.config["coverage_factor"] = 1.5
+    run.config.update(coverage_factor=1.5, log_sd_offset=[0.1, 0.1, 0.1, 0.1])
     before = run.model.temperature
     believed: dict[str, set[bool]] = {}
 
@@ -236,7 +236,7 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     }
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
     assert learned.config["guide_prior"] is False
-    assert "coverage_factor" not in learned.config
+    assert not learned.config.keys() & {"coverage_factor", "log_sd_offset"}
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
 
@@ -350,6 +350,11 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path:
         learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True, seed=1)
     with pytest.raises(InputError, match="scenes, names"):
         learn(small_run(), soft_scenes(31), checkpoint=folder, resume=True)
+    # A start that differs in its model alone.
+    other = small_run()
+    other.model.dbn.core.mean += 0.1
+    with pytest.raises(InputError, match=r"another one \(start differ\)"):
+        learn(other, soft_scenes(30), checkpoint=folder, resume=True)
 
 
 @pytest.mark.parametrize("certain", [True, False])
@@ -378,6 +383,22 @@ def test_evidence_is_weighed_by_what_the_round_before_was_sure_of(
     assert after[0] > before[0] and after[1] < before[1]
     # The mode that was found before has the greater weight now.
     assert 4 * after[0] - 2 * after[1] > 0 > 4 * before[0] - 2 * before[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_prior_reads_the_crops_of_a_bounded_number_of_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def counting(crops: Tensor, **options: Any) -> DeepBeliefNet:
+        read.append(len(crops))
+        return quick_net(crops)
+
+    monkeypatch.setattr(learning, "train_dbn", counting)
+    monkeypatch.setattr(learning, "MOST_CROPPED", 20)
+    monitors: list[Monitor] = []
+    learn(small_run(), soft_scenes(40), **QUICK, each_round=lambda monitor, run: monitors.append(monitor))
+    assert read == [20, 20]
+    assert [m.learned_from for m in monitors[1:]] == [28, 28]
 
 
 @pytest.mark.usefixtures("quick")

@@ -392,6 +392,14 @@ def test_the_flat_prior_is_uniform_over_its_box(double: Toy) -> None:
     torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=0)
 
 
+def test_options_of_the_other_gaze_prior_are_refused_by_name(toy: Toy) -> None:
+    model = AttentionModel(toy.model.dbn, prior_options={"typical": 0.3, "edge": 0.05})
+    assert model.prior(torch.ones(2)).typical == 0.3
+    model.gaze_prior = "flat"  # as for a fitted run that is to have the paper's prior
+    with pytest.raises(InputError, match="flat gaze prior knows no edge, typical, only largest"):
+        model.prior(torch.ones(2))
+
+
 def test_a_scene_is_drawn_from_the_objects_density(double: Toy) -> None:
     law = SceneLikelihood(double.model.dbn.core, double.model.clutter, 1.0, torch.Size([3]))
     draws = law.sample(torch.Size([400]))
