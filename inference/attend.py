@@ -14,7 +14,7 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 from foveate.inference.glance import Proposals, propose
-from foveate.inference.guide import CHANGE_SCALES, GazeGuide
+from foveate.inference.guide import CHANGE_SCALES, GazeChange, GazeGuide
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior, picture_hash
@@ -131,8 +131,11 @@ def search(
     """
     count = len(pyramid)
     near = None
+    # Looks at the first gazes and at those they lead to, where they have been taken already.
+    known: list[GazeChange] = []
     if start is None:
-        proposals = _promising(model, guide, pyramid, propose(guide.glance, pyramid, PROPOSALS))
+        proposals, taken = _promising(model, guide, pyramid, propose(guide.glance, pyramid, PROPOSALS))
+        known = taken if canonical is None else []
         first, found = proposals.gaze, torch.isfinite(proposals.logit)
     else:
         first = start.to(pyramid.texels.device).double()[:, None]
@@ -150,13 +153,15 @@ def search(
     with torch.no_grad():
         steps_taken, looks = [first], []
         for step in range(steps):
-            gaze, change = guide.step(pyramid, steps_taken[-1].reshape(-1, 4), v, scene)
-            gaze = gaze.reshape(count, k, 4)
+            at = steps_taken[-1].reshape(-1, 4)
+            change = known[step] if step < len(known) else guide.look(pyramid, at, v, scene)
+            gaze = guide.follow(at, change).reshape(count, k, 4)
             if step == 0 and near is not None:
                 gaze = torch.cat([gaze[:, :1], near.gaze], 1)
             looks.append(change)
             steps_taken.append(gaze)
-        looks.append(guide.look(pyramid, steps_taken[-1].reshape(-1, 4), v, scene))
+        last = steps_taken[-1].reshape(-1, 4)
+        looks.append(known[steps] if steps < len(known) else guide.look(pyramid, last, v, scene))
         # The first gaze that counts as an end point, and the last.
         looks = [looks[min(steps, 0 if near is None else 1)], looks[-1]]
     path = torch.stack(steps_taken, 2)
@@ -172,6 +177,7 @@ def search(
     log_sd = torch.cat([look.log_sd.double().reshape(count, k, 4) for look in looks], 1)
     sd = (log_sd.exp() * end.new_tensor(CHANGE_SCALES) / chart).clamp(*SD_RANGE)
     presence = torch.cat([look.presence.double().reshape(count, k) for look in looks], 1)
+    upright = torch.cat([look.recognition.reshape(count, k) for look in looks], 1)
     knows = _knows_people(model)
     found = _first_of_its_place(end, found)
     where = found.nonzero()[:, 0]
@@ -179,7 +185,7 @@ def search(
     features = torch.stack([torch.full_like(presence, -math.inf)] * 2 + [presence], -1)
     weighed, spread = end[found], sd[found]
     features[..., 0][found] = integrated_odds(model, pyramid, weighed[:, None], spread[:, None], whom, where)[:, 0]
-    features[..., 1][found] = guide.recognise(pyramid, weighed, where).double()
+    features[..., 1][found] = guide.recognise(pyramid, weighed, where, upright[found]).double()
     weights = guide.evidence.double()
     log_weight = (features * weights[:3]).nan_to_num(neginf=-1e30).sum(-1) + weights[3]
     log_weight = torch.where(found, log_weight, -math.inf)
@@ -581,16 +587,24 @@ def _merged(end: Tensor, sd: Tensor, features: Tensor, log_weight: Tensor, path:
 
 
 @torch.no_grad()
-def _promising(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, proposals: Proposals) -> Proposals:
-    """The `FOLLOWED` proposals in which one look on shows most of an object, best first."""
+def _promising(
+    model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, proposals: Proposals
+) -> tuple[Proposals, list[GazeChange]]:
+    """The `FOLLOWED` proposals in which one look on shows most of an object, best first.
+
+    Also, the looks at these and at where they lead, nobody in particular being meant.
+    """
     gaze = proposals.gaze.double()
     count, k = gaze.shape[:2]
     scene = torch.arange(count, device=gaze.device).repeat_interleave(k)
     v = model.dbn.to_canonical(model.dbn.core.mean.float()).expand(count * k, -1, -1)
-    moved, _ = guide.step(pyramid, gaze.reshape(-1, 4), v, scene)
-    seen = guide.recognise(pyramid, moved, scene).to(proposals.logit).reshape(count, k)
+    moved, first = guide.step(pyramid, gaze.reshape(-1, 4), v, scene)
+    second = guide.look(pyramid, moved, v, scene)
+    seen = guide.recognise(pyramid, moved, scene, second.recognition).to(proposals.logit).reshape(count, k)
     best = torch.where(torch.isfinite(proposals.logit), seen, -math.inf).topk(min(FOLLOWED, k), 1)
-    return Proposals(gaze.gather(1, best.indices[..., None].expand(-1, -1, 4)), best.values)
+    rows = (torch.arange(count, device=gaze.device)[:, None] * k + best.indices).flatten()
+    looks = [GazeChange(*(part[rows] for part in look)) for look in (first, second)]
+    return Proposals(gaze.gather(1, best.indices[..., None].expand(-1, -1, 4)), best.values), looks
 
 
 def _within_reach(proposals: Proposals, start: Float[Tensor, "scene 1 4"]) -> Proposals:

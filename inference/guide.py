@@ -28,11 +28,14 @@ class GazeChange(NamedTuple):
         mean: ``(..., 4)`` change of gaze in the chart of `change_chart`: x and y in half patches, log-scale, radians.
         log_sd: ``(..., 4)`` log standard deviations of the same.
         presence: ``(...)`` logit that there is an object within reach of the window.
+        recognition: ``(...)`` logit of the glance that an object lies in just the current gaze, in the window as it is
+            (`GazeGuide.recognise` looks in the mirror, too).
     """
 
     mean: Tensor
     log_sd: Tensor
     presence: Tensor
+    recognition: Tensor
 
     def distribution(self) -> Independent:
         """The change as a distribution with event shape (4,)."""
@@ -90,6 +93,7 @@ class GazeGuide(nn.Module):
         # No gradient to the features: looks see far fewer windows than glances see cells, and would overfit them.
         with torch.no_grad():
             features = self.glance.see(window)
+            recognition = self._in_the_middle(self.glance.head(features))
         gain, offset = self.canonical(normalise(canonical)[:, None]).chunk(2, -1)
         features = features * (1 + gain[..., None, None]) + offset[..., None, None]
         output = self.votes(features)
@@ -99,7 +103,8 @@ class GazeGuide(nn.Module):
         weight = torch.softmax(output[:, 4].flatten(1), -1)
         every = torch.cat([position, output[:, 2:4], output[:, 5:]], 1).flatten(2)
         pooled = (every * weight[:, None, :]).sum(-1)
-        return GazeChange(pooled[:, :4], (pooled[:, 4:8] - 2.0).clamp(-6, 2) + self.log_sd_offset, pooled[:, 8])
+        log_sd = (pooled[:, 4:8] - 2.0).clamp(-6, 2) + self.log_sd_offset
+        return GazeChange(pooled[:, :4], log_sd, pooled[:, 8], recognition)
 
     def look(
         self,
@@ -113,17 +118,35 @@ class GazeGuide(nn.Module):
         return self(window.to(self.log_sd_offset), canonical.to(self.log_sd_offset))
 
     @torch.no_grad()
-    def recognise(self, pyramid: Pyramid, gaze: Float[Tensor, "n 4"], scene: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def recognise(
+        self,
+        pyramid: Pyramid,
+        gaze: Float[Tensor, "n 4"],
+        scene: Int[Tensor, " n"],
+        upright: Float[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, " n"]:
         """Logit that an object lies in just these gazes: the glance's presence in the middle cells of their windows.
 
         A proposal is seen at one of a few scales and anywhere in a cell; here the gaze itself sets the window, which is
         seen a second time in a mirror: the mean of the two ranks modes better than either.
 
-        Convention: gazes in scene pixels; `scene` says which scene of the pyramid each row looks at.
+        Args:
+            pyramid: the scenes.
+            gaze: where to look.
+            scene: which scene of the pyramid each row looks at.
+            upright: `GazeChange.recognition` of looks at the same gazes, which spares looking again.
+
+        Convention: gazes in scene pixels.
         """
         window = pyramid.extract(gaze, WINDOW, WINDOW_EXTENT, scene).to(self.log_sd_offset)
-        logits = [self.glance(seen)[:, 0, MIDDLE, MIDDLE].flatten(1).amax(1) for seen in (window, window.flip(-1))]
-        return (logits[0] + logits[1]) / 2
+        if upright is None:
+            upright = self._in_the_middle(self.glance(window))
+        return (upright + self._in_the_middle(self.glance(window.flip(-1)))) / 2
+
+    @staticmethod
+    def _in_the_middle(output: Float[Tensor, "n 5 rows columns"]) -> Float[Tensor, " n"]:
+        """The glance's best presence logit about the middle of a window."""
+        return output[:, 0, MIDDLE, MIDDLE].flatten(1).amax(1)
 
     def step(
         self,
@@ -132,11 +155,16 @@ class GazeGuide(nn.Module):
         canonical: Float[Tensor, "n 24 24"],
         scene: Int[Tensor, " n"],
     ) -> tuple[Float[Tensor, "n 4"], GazeChange]:
-        """One move: the gaze that the mean change leads to, and the change itself, in the chart of the old gaze.
+        """One move: the gaze that the mean change leads to (see `follow`), and the change itself."""
+        change = self.look(pyramid, gaze, canonical, scene)
+        return self.follow(gaze, change), change
+
+    @staticmethod
+    def follow(gaze: Float[Tensor, "n 4"], change: GazeChange) -> Float[Tensor, "n 4"]:
+        """The gazes that the mean changes seen from `gaze` lead to.
 
         Convention: scene pixels; a step is at most two patches long and a factor e in scale, whatever the network says.
         """
-        change = self.look(pyramid, gaze, canonical, scene)
         mean = torch.stack(
             [
                 *change.mean[:, :2].clamp(-4, 4).unbind(-1),
@@ -145,7 +173,7 @@ class GazeGuide(nn.Module):
             ],
             -1,
         )
-        return change_chart(gaze).to_gaze(mean.to(gaze)), change
+        return change_chart(gaze).to_gaze(mean.to(gaze))
 
 
 def change_chart(gaze: Float[Tensor, "*batch 4"]) -> gazes.LocalChart:

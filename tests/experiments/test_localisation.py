@@ -134,6 +134,19 @@ def command(tmp_path: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+def test_collections_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    specs = []
+    for place, name in (("a", "faces"), ("b", "faces"), ("b", "others")):
+        folder = tmp_path / place / name
+        folder.parent.mkdir(exist_ok=True)
+        rows = _write(orl_scenes("test", 1, sizes=SMALL), folder, "test")
+        (folder / "gazes.csv").write_text("\n".join(["file,a,b,tx,ty,split", *rows]))
+        specs.append(f"folder:{folder}@test")
+    found = localisation._collections(specs, 0)
+    assert [collection.label for collection in found] == ["faces@test_1", "faces@test_2", "others@test"]
+    assert [collection.spec for collection in found] == specs
+
+
 def test_the_experiment_scores_every_method_and_draws_every_figure(
     tmp_path: Path, command: list[str], trained: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -326,6 +326,30 @@ def test_of_end_points_that_are_nearly_one_the_one_that_looks_led_to_is_weighed(
     assert attending._first_of_its_place(at[None, :1].double(), every[:, :1]).tolist() == [[True]]
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_looks_that_are_used_again_are_those_that_would_be_taken(
+    world: World, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    torch.manual_seed(1)
+    guide = GazeGuide(4).eval()
+    for layer in (guide.glance.head, guide.votes[-1]):
+        assert isinstance(layer, torch.nn.Conv2d)
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    guide.evidence.copy_(torch.tensor([0.3, 1.0, 0.2, 0.0]))
+    pyramid = Pyramid.build(world.scenes.pictures())
+    found = search(world.model, guide, pyramid, steps=steps)
+    promising, recognise = attending._promising, GazeGuide.recognise
+    monkeypatch.setattr(attending, "_promising", lambda *given: (promising(*given)[0], []))
+    monkeypatch.setattr(
+        GazeGuide, "recognise", lambda self, pyramid, gaze, scene, upright: recognise(self, pyramid, gaze, scene)
+    )
+    anew = search(world.model, guide, pyramid, steps=steps)
+    assert bool((found.path[:, 0] != found.path[:, -1]).any()) == (steps > 0)
+    for name in ("gaze", "sd", "features", "log_weight", "path"):
+        # Float32 convolutions of batches of another size: last bits, which each look magnifies a little.
+        torch.testing.assert_close(getattr(found, name), getattr(anew, name), rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_a_given_start_is_where_the_path_begins_and_nothing_is_searched(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

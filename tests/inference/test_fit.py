@@ -155,7 +155,7 @@ class OverconfidentGuide(GazeGuide):
         error = 2 * self.claimed * torch.randn(len(gaze), 4, generator=generator)
         mean = change_chart(gaze).to_chart(self.truth[scene]).float() + error
         log_sd = self.claimed.log().expand_as(mean) + self.log_sd_offset
-        return GazeChange(mean, log_sd, torch.zeros(len(gaze)))
+        return GazeChange(mean, log_sd, *torch.zeros(2, len(gaze)))
 
 
 def test_calibration_of_sds_recovers_a_factor_of_two() -> None:

@@ -191,6 +191,11 @@ def test_an_object_is_recognised_by_the_glances_best_cell_on_the_patch_and_in_th
         best = [guide.glance(seen)[0, 0][on_patch].max() for seen in (window, window.flip(-1))]
     found = guide.recognise(pyramid, gaze, torch.zeros(1, dtype=torch.long))
     torch.testing.assert_close(found[0], (best[0] + best[1]) / 2, rtol=0, atol=1e-6)  # one sum of float32
+    # A look has seen half of that already.
+    look = guide.look(pyramid, gaze, torch.rand(1, 24, 24), torch.zeros(1, dtype=torch.long))
+    torch.testing.assert_close(look.recognition[0], best[0], rtol=0, atol=1e-6)
+    spared = guide.recognise(pyramid, gaze, torch.zeros(1, dtype=torch.long), look.recognition)
+    torch.testing.assert_close(spared, found, rtol=0, atol=1e-6)
 
 
 def test_an_object_and_its_mirror_image_are_recognised_alike() -> None:
