@@ -498,13 +498,24 @@ def accuracy(run: Run, scenes: Scenes) -> float:
     return float((gazes.overlap(gaze, truth) > 0.5).double().mean())
 
 
-def digit_scenes(split: str, n: int, seed: int) -> Scenes:
-    """Handwritten threes (8×8, enlarged) pasted into photographs; train and test share no three and no photograph."""
+CLEAR, FAINT = (0.15, 0.9), (0.42, 0.57)
+
+
+def digit_scenes(split: str, n: int, seed: int, tones: tuple[float, float]) -> Scenes:
+    """Handwritten threes (8×8, enlarged) pasted into photographs; train and test share no three and no photograph.
+
+    Args:
+        split: of threes and photographs.
+        n: how many scenes.
+        seed: of the composition.
+        tones: grey levels of paper and ink.
+    """
     digits = sklearn.datasets.load_digits()
     threes = torch.from_numpy(digits.images[digits.target == 3]).float()[None] / 16
     threes = threes[:, :90] if split == "train" else threes[:, 90:]
     large = torch.nn.functional.interpolate(threes, (48, 48), mode="bicubic", align_corners=False)[0].clamp(0, 1)
-    canvas = torch.nn.functional.pad(0.15 + 0.75 * large, (24, 24, 24, 24), value=0.15)
+    paper, ink = tones
+    canvas = torch.nn.functional.pad(paper + (ink - paper) * large, (24, 24, 24, 24), value=paper)
     # The digit's 48 pixels span 22 of the 24 canonical ones.
     gaze = torch.tensor([[48 / 22, 0.0, 47.5, 47.5]]).double().expand(len(canvas), -1)
     objects = Scenes.from_pictures(list(canvas), gazes=gaze.clone())
@@ -512,18 +523,21 @@ def digit_scenes(split: str, n: int, seed: int) -> Scenes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_threes_are_learned_from_fifty_labelled_ones_with_nothing_tuned_to_them() -> None:
+@pytest.mark.timeout(14400)
+def test_faint_threes_are_learned_from_fifty_clear_ones_with_nothing_tuned_to_them() -> None:
     """One more object than faces: the bootstrap and learning with all their defaults."""
     clutter = orl_clutter("train", 100, sizes=SMALL)
-    start = fit(digit_scenes("train", 50, 0), clutter)
-    learned = learn(start, digit_scenes("test", 300, 1).without_gazes(), clutter)
-    scored = digit_scenes("test", 200, 2)
-    before, after = accuracy(start, scored), accuracy(learned, scored)
-    print(f"accuracy before {before:.3f}, after {after:.3f}", *learned.config["learning"], sep="\n")
-    # Two standard errors of a difference of two shares of 200 scenes near 0.9 that mostly agree are about 0.04.
-    assert after > before - 0.04, (before, after)
-    assert after > 0.85, (before, after)
+    start = fit(digit_scenes("train", 50, 0, CLEAR), clutter)
+    learned = learn(start, digit_scenes("test", 300, 1, FAINT).without_gazes(), clutter)
+    for name, tones, least in (("clear", CLEAR, -0.04), ("faint", FAINT, 0.1)):
+        scored = digit_scenes("test", 200, 2, tones)
+        before, after = accuracy(start, scored), accuracy(learned, scored)
+        print(f"{name}: accuracy before {before:.3f}, after {after:.3f}")
+        # Two standard errors of a difference of two shares of 200 scenes are at most 0.1, and about 0.04 where both are
+        # near 0.95 and mostly agree.
+        assert after > before + least, (name, before, after)
+        assert after > 0.85, (name, after)
+    print(*learned.config["learning"], sep="\n")
 
 
 @pytest.mark.slow
