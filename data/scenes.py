@@ -89,7 +89,7 @@ class _PictureList:
             raise InputError(f"{len(pictures)} pictures but {len(names)} names; give one name per picture")
         for name in names:
             # Bytes of another encoding in a file name; no table and no report could hold it.
-            if not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
+            if isinstance(name, str) and name != name.encode("utf-8", "replace").decode("utf-8"):
                 raise InputError(f"{name!r}: this file name is not UTF-8; rename the file")
         self._pictures = tuple(pictures)
         self._names = tuple(names)

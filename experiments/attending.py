@@ -34,7 +34,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # Where outputs grow until they are whole.
-UNFINISHED = "unfinished"
+UNFINISHED = "foveate_unfinished"
 # Pictures that the report shows; the other files have all.
 REPORTED = 60
 # An object beyond the first is told of where it is likelier there than not.
@@ -188,7 +188,7 @@ def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> No
     report.paragraph(
         f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue; thin squares are draws of "
         "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior "
-        "standard deviation of the position (scene pixels), the size and the rotation."
+        "standard deviation of the position (scene pixels), the size and the rotation, times the run's factor."
     )
     report.figure(legend_figure(posterior.path.shape[1], truth=False), "what the colours of the lines mean")
     header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode", "object")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
 import tyro
+from safetensors import SafetensorError
 
 from foveate.experiments.ambiguity import Ambiguity
 from foveate.experiments.attending import Attend
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"foveate {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         # A full disk, a folder that was taken away: nothing that a traceback would explain.
         print(f"foveate {name}: {error}", file=sys.stderr)
         return 1

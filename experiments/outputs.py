@@ -62,7 +62,7 @@ def check_directory(path: Path, marks: Mapping[str, str | None]) -> None:
     Args:
         path: the folder.
         marks: names of such files and folders; of a JSON file, what every output of the kind holds at its top level,
-            for other people's programs write a `results.json`, too.
+            for other people's programs write a `results.json`, too: one without it is refused whatever else is there.
 
     Raises:
         InputError: also when `path` is a file, or is in a place that cannot be written.
@@ -70,7 +70,8 @@ def check_directory(path: Path, marks: Mapping[str, str | None]) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, and the output is a folder; name another place with --out")
     if path.is_dir() and any(path.iterdir()):
-        if not any((path / mark).exists() if key is None else _holds(path / mark, key) for mark, key in marks.items()):
+        present = {mark: key for mark, key in marks.items() if (path / mark).exists()}
+        if not present or not all(key is None or _holds(path / mark, key) for mark, key in present.items()):
             raise InputError(
                 f"{path}: this folder holds other things than an earlier output of this command (its "
                 f"{' or '.join(marks)}); name another place with --out, or empty it"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import attending
@@ -216,6 +217,8 @@ def test_a_folder_of_somebodys_labels_is_no_earlier_output_of_attending(
     tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = _write_pictures(orl_scenes("train", 2, sizes=SMALL), tmp_path / "pictures")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "thesis.txt").write_text("mine")
     before = _contents(tmp_path)
     told = _refused(["attend", str(blank_run), str(folder), "--out", str(folder)], capsys)
     assert "holds other things than an earlier output" in told
@@ -227,7 +230,7 @@ def test_overlays_of_an_earlier_output_are_not_attended_to(
 ) -> None:
     # A $ would begin a formula in a title, and a name may be as long as names of files are.
     long = "a" * 250
-    for name in ("1$_2$", long):
+    for name in ("1$_{2$", long):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60), dtype=np.uint8)).save(
             tmp_path / f"{name}.png"
         )
@@ -236,8 +239,8 @@ def test_overlays_of_an_earlier_output_are_not_attended_to(
     for _ in range(2):
         assert main([*words, *THREADS]) == 0
         with Path("found/gazes.csv").open(encoding="utf-8") as table:
-            assert [row["file"] for row in csv.DictReader(table)] == ["1$_2$.png", f"{long}.png"]
-    assert {p.name for p in Path("found/overlays").iterdir()} == {"00000_1$_2$.png", f"00001_{'a' * 60}.png"}
+            assert [row["file"] for row in csv.DictReader(table)] == ["1$_{2$.png", f"{long}.png"]
+    assert {p.name for p in Path("found/overlays").iterdir()} == {"00000_1$_{2$.png", f"00001_{'a' * 60}.png"}
     capsys.readouterr()
     overlays = str(Path("found/overlays"))
     assert "overlay of an earlier output" in _refused(["attend", str(blank_run), overlays, "--out", "found"], capsys)
@@ -254,16 +257,28 @@ def test_a_file_name_of_another_encoding_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "p.png"), "[Errno 28] No space left on device: 'p.png'"),
+        (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
+    ],
+)
 def test_a_machine_that_gives_up_is_told_in_one_line(
-    tmp_path: Path, blank_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    blank_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
 ) -> None:
     def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device", "p.png")
+        raise error
 
     monkeypatch.setattr("foveate.experiments.training.save_figure", full)
     assert main(["sample", str(blank_run), "--out", str(tmp_path / "p.png"), "--count", "1", *THREADS]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "foveate sample: [Errno 28] No space left on device: 'p.png'"
+    assert last == f"foveate sample: {said}"
 
 
 @pytest.mark.parametrize("command", ["train", "learn"])

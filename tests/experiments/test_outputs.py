@@ -100,6 +100,11 @@ def _folder_with_results(path: Path) -> None:
     _other_json(path / "results.json")
 
 
+def _folder_with_results_and_a_run(path: Path) -> None:
+    _folder_with_results(path)
+    (path / "run").mkdir()
+
+
 def _file(path: Path) -> None:
     path.write_text("mine")
 
@@ -116,6 +121,12 @@ def _file(path: Path) -> None:
         ("broken.png", _file, check_picture, "no earlier output"),
         ("p.jpg", lambda p: None, check_picture, ".png file"),
         ("out", _folder_with_things, lambda p: check_directory(p, {"thesis.nc": None}), "other things"),
+        (
+            "out",
+            _folder_with_results_and_a_run,
+            lambda p: check_directory(p, {"results.json": "scores", "run": None}),
+            "other things",
+        ),
         ("out", _folder_with_results, lambda p: check_directory(p, {"results.json": "scores"}), "other things"),
         ("out", _file, lambda p: check_directory(p, {"thesis.nc": None}), "is a file"),
         ("run", _folder_with_things, check_run, "holds files but no run"),
