@@ -87,12 +87,13 @@ class _PictureList:
     def __init__(self, pictures: Sequence[Picture], names: Sequence[str], cache: PictureCache | None = None):
         if len(pictures) != len(names):
             raise InputError(f"{len(pictures)} pictures but {len(names)} names; give one name per picture")
+        names = tuple(map(str, names))
         for name in names:
             # Bytes of another encoding in a file name; no table and no report could hold it.
-            if isinstance(name, str) and name != name.encode("utf-8", "replace").decode("utf-8"):
+            if name != name.encode("utf-8", "replace").decode("utf-8"):
                 raise InputError(f"{name!r}: this file name is not UTF-8; rename the file")
         self._pictures = tuple(pictures)
-        self._names = tuple(names)
+        self._names = names
         self._cache = PictureCache() if cache is None else cache
 
     def __len__(self) -> int:

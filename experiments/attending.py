@@ -188,7 +188,8 @@ def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> No
     report.paragraph(
         f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue; thin squares are draws of "
         "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior "
-        "standard deviation of the position (scene pixels), the size and the rotation, times the run's factor."
+        "standard deviation of the position (scene pixels), the size and the rotation, times the factor that scenes "
+        "held out of training asked for."
     )
     report.figure(legend_figure(posterior.path.shape[1], truth=False), "what the colours of the lines mean")
     header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode", "object")
@@ -211,7 +212,7 @@ def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> No
     if factor != 1:
         report.paragraph(
             "The standard deviations here are those of the draws. With the pictures and in gazes.csv they are "
-            f"{factor:.2f} times as wide, the factor that scenes held out of training asked for."
+            f"{factor:.2f} times as wide."
         )
     add_summary(report, posterior)
     report.write(folder / "report.html")

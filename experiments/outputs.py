@@ -86,7 +86,8 @@ def check_run(path: Path) -> None:
         InputError: `path` is a file or a folder with other things, or is in a place that cannot be written.
     """
     require_replaceable(path)
-    _check_place(path)
+    # A run is made beside its place and moved there, and so is what is unfinished.
+    _check_place(path.resolve(), beside=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,9 +164,9 @@ def _check_file(path: Path, suffix: str, ours: Callable[[], bool]) -> None:
     _check_place(path)
 
 
-def _check_place(path: Path) -> None:
-    """Refuse a path that lies below a file or below a folder that may not be written."""
-    place = path if path.is_dir() else path.absolute().parent
+def _check_place(path: Path, beside: bool = False) -> None:
+    """Refuse a path below a file, and one that may not be written: in it if it is a folder, or `beside` it."""
+    place = path if path.is_dir() and not beside else path.absolute().parent
     while not place.exists():
         place = place.parent
     if not place.is_dir():

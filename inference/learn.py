@@ -73,8 +73,6 @@ MOST_TEXELS = 800_000_000
 MOST_CLUTTER = 200
 # Fewer scenes teach nothing; as for the bootstrap.
 FEWEST = 12
-# Of the scenes held out, so many must be drawn for the evidence to be weighed anew; a ridge holds what few cannot say.
-FEWEST_TO_WEIGH = 6
 # The prior and the clutter model read the crops of at most so many scenes, whatever the number of scenes.
 MOST_CROPPED = 8000
 # Share of the scenes held out to watch, and at most so many.
@@ -457,7 +455,7 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
     that found it is not the one whose modes are weighed, and neither has learned from these scenes.
     """
     chosen = _chosen(_certainty(held, None), plan.generator(number, 8))
-    if len(chosen) < FEWEST_TO_WEIGH:
+    if len(chosen) < FEWEST:
         return run
     gaze = held.read("gaze", chosen)
     found, truth = [], []

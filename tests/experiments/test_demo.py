@@ -24,7 +24,7 @@ def test_the_astronauts_face_is_where_it_was_marked() -> None:
     assert abs(float(parts.rotation)) < 0.1
 
 
-def test_a_demo_that_was_interrupted_is_begun_again_where_it_stood(
+def test_an_output_with_unfinished_training_in_it_is_the_demos_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(scenes: object, clutter: object, out: Path, *arguments: object) -> None:

@@ -160,6 +160,16 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch
         check_run(tmp_path / "run")
 
 
+def test_a_run_is_refused_where_the_folder_around_it_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("foveate.experiments.outputs.os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(InputError, match="may not be written"):
+        check_run(tmp_path / "run")
+    check_directory(tmp_path / "run", {"posterior.nc": None})
+
+
 def test_a_run_is_not_put_where_saving_it_would_be_refused_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("weights of something else")
     (tmp_path / "config.json").write_text("{}")
