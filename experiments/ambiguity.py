@@ -27,7 +27,7 @@ from foveate.experiments.figures import scenes_figure
 from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
-from foveate.experiments.training import Budget, default_clutter, fit_logged
+from foveate.experiments.training import Budget, default_clutter, fit_logged, remove_unfinished
 from foveate.inference.attend import SMALLEST, attend, search
 from foveate.inference.checkpoint import Run, write_json
 from foveate.inference.posterior import Posterior
@@ -93,8 +93,7 @@ class Ambiguity(Common):
         kind, _, split = parse_spec(self.data)
         if split is not None:
             raise InputError(f"--data {self.data}: leave @{split} away; it trains on @train and asks on @test")
-        marks = {"results.json": "basins", "run/model.safetensors": None, "run.training": None, "ends.png": None}
-        check_directory(self.out, marks)
+        check_directory(self.out, {"results.json": "basins", "run.training": None, "ends.png": None})
         began = time.perf_counter()
         run = self._trained(kind) if self.trained is None else open_run(self.trained, self.torch_device)
         if run.model.identity is None:
@@ -114,6 +113,7 @@ class Ambiguity(Common):
             save_figure(figure, self.out / f"{name}.png")
         write_text(self.out / "results.md", _markdown(results))
         write_json(self.out / "results.json", results)
+        remove_unfinished(self.out / "run")
         print_table(HEADER, _rows(results))
         print(f"\n{self.out / 'results.md'}")
 

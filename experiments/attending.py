@@ -2,11 +2,14 @@
 
 import csv
 import dataclasses
+import hashlib
+import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +19,13 @@ import tyro
 from foveate.data import UnlabelledScenes
 from foveate.experiments.figures import legend_figure, patches_figure, scene_figure
 from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least
-from foveate.experiments.outputs import check_directory, merge_netcdf, save_figure
+from foveate.experiments.outputs import check_directory, merge_netcdf, save_figure, write_text
 from foveate.experiments.report import Report, add_summary
 from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import attend_batches
+from foveate.inference.checkpoint import Run
 from foveate.inference.posterior import Posterior
+from foveate.inference.resume import digest
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 
@@ -33,8 +38,10 @@ COLUMNS = (
     "sd_x", "sd_y", "sd_size", "sd_rotation_degrees", "object",
 )  # fmt: skip
 
-# Where outputs grow until they are whole.
-UNFINISHED = "foveate_unfinished"
+# Where outputs grow until they are whole, and the file there that tells of what.
+UNFINISHED, MADE_OF = "foveate_unfinished", "made_of.txt"
+# Pictures that are attended to, and written, together.
+BATCH = 16
 # Pictures that the report shows; the other files have all.
 REPORTED = 60
 # An object beyond the first is told of where it is likelier there than not.
@@ -48,7 +55,7 @@ class Attend(Common):
     Attributes:
         source: the run.
         pictures: pictures, or folders of them.
-        out: a folder; an earlier output there is replaced.
+        out: a folder; an earlier output there is replaced. Where the same command was interrupted it goes on.
         max_objects: attend to up to so many objects of each picture one after the other, what is explained taken out;
             of those beyond the first the ones that are told of have a presence of 0.5 or more.
         sampling: how much to sample.
@@ -70,18 +77,27 @@ class Attend(Common):
         announce(f"attending to {len(scenes)} pictures; rows appear in {unfinished}, the whole output in {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
 
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "overlays").mkdir(parents=True)
-        how_much: dict[str, Any] = dataclasses.asdict(self.sampling)
-        posteriors = attend_batches(
-            run.model, run.guide, scenes, max_objects=self.max_objects, **how_much, seed=self.seed, progress=True
+        how_much = {**dataclasses.asdict(self.sampling), "max_objects": self.max_objects, "seed": self.seed}
+        made_of = _made_of(run, scenes, how_much)
+        earlier = _begun(unfinished, made_of)
+        if earlier:
+            announce(f"going on after the first {BATCH * len(earlier)}, which were done before an interruption")
+        else:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / "overlays").mkdir(parents=True)
+            write_text(unfinished / MADE_OF, made_of)
+        rest = range(BATCH * len(earlier), len(scenes))
+        posteriors = (
+            attend_batches(run.model, run.guide, scenes.subset(rest), **how_much, batch=BATCH, progress=True)
+            if rest
+            else iter(())
         )
         factor = float(run.config.get("coverage_factor", 1.0))
-        kept, parts = _stream(posteriors, scenes, unfinished, factor)
+        kept, parts = _stream(earlier, posteriors, scenes, unfinished, factor)
         _report(kept, len(scenes), unfinished, factor)
         merge_netcdf(parts, unfinished / "posterior.nc")
-        for part in parts:
-            part.unlink()
+        for spent in (unfinished / MADE_OF, *parts):
+            spent.unlink()
         shutil.rmtree(self.out / "overlays", ignore_errors=True)
         for made in unfinished.iterdir():
             made.replace(self.out / made.name)
@@ -140,35 +156,65 @@ def _each_once(scenes: UnlabelledScenes, out: Path) -> UnlabelledScenes:
     return scenes.subset(list(first.values()))
 
 
+def _made_of(run: Run, scenes: UnlabelledScenes, how_much: dict[str, Any]) -> str:
+    """What tells this work from any other: 64 hexadecimal digits."""
+    files = [(name, (stat := Path(name).stat()).st_size, stat.st_mtime_ns) for name in scenes.names]
+    tensors = [digest(*part.state_dict().values()) for part in (run.model, run.guide)]
+    told = [run.model.config, run.guide.config, run.config.get("coverage_factor"), tensors, files, how_much]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _begun(folder: Path, made_of: str) -> list[Path]:
+    """The posteriors' files that were written before the same work was interrupted."""
+    told = folder / MADE_OF
+    if not told.is_file() or told.read_text(encoding="utf-8") != made_of:
+        return []
+    return sorted(folder.glob("posterior.*.nc"))
+
+
 def _stream(
-    posteriors: Iterator[Posterior], scenes: UnlabelledScenes, folder: Path, factor: float
+    earlier: Sequence[Path], posteriors: Iterable[Posterior], scenes: UnlabelledScenes, folder: Path, factor: float
 ) -> tuple[Posterior, list[Path]]:
-    """Write rows, posteriors and overlays batch by batch; returns what the report shows, and the posteriors' files."""
+    """Write rows, posteriors and overlays batch by batch; returns what the report shows, and the posteriors' files.
+
+    Args:
+        earlier: files of the posteriors of the first pictures, whose overlays are drawn already.
+        posteriors: of the other pictures.
+        scenes: all pictures.
+        folder: where everything is written.
+        factor: see `rows_of`.
+    """
     kept: list[Posterior] = []
-    parts: list[Path] = []
+    parts = list(earlier)
     done = 0
     with (folder / "gazes.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(COLUMNS)
-        for every in posteriors:
-            objects = every.settings["max_objects"]
-            likely = (torch.arange(len(every)) % objects == 0) | (every.presence >= LIKELY)
-            posterior = every.subset(likely)
-            numbers = (done + likely.nonzero()[:, 0] // objects).tolist()
-            for i, row in enumerate(rows_of(posterior, factor)):
-                writer.writerow(row)
-                picture, name = scenes[numbers[i]]
-                draws = posterior.gaze[i].flatten(0, 1)
-                figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i, factor))
-                save_figure(figure, folder / "overlays" / overlay_name(numbers[i], name, _number(posterior, i)))
+        for part, every in chain(((p, Posterior.load(p)) for p in earlier), ((None, p) for p in posteriors)):
+            posterior = every if part else _told_of(every)
+            count = len(set(posterior.names))
+            number = [done + list(dict.fromkeys(posterior.names)).index(name) for name in posterior.names]
+            writer.writerows(rows_of(posterior, factor))
             table.flush()
-            part = folder / f"posterior.{len(parts):06d}.nc"
-            posterior.save(part)
-            parts.append(part)
+            if part is None:
+                for i, k in enumerate(number):
+                    picture, name = scenes[k]
+                    draws = posterior.gaze[i].flatten(0, 1)
+                    figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i, factor))
+                    save_figure(figure, folder / "overlays" / overlay_name(k, name, _number(posterior, i)))
+                # Last: a posterior that is there says that all else of its pictures is.
+                parts.append(folder / f"posterior.{len(parts):06d}.nc")
+                posterior.save(parts[-1])
             if done < REPORTED:
-                kept.append(posterior.subset([i for i, number in enumerate(numbers) if number < REPORTED]))
-            done += len(every) // objects
+                kept.append(posterior.subset([i for i, k in enumerate(number) if k < REPORTED]))
+            done += count
     return Posterior.concatenate(kept), parts
+
+
+def _told_of(posterior: Posterior) -> Posterior:
+    """The first object of every picture, and of the others those that are likely to be there."""
+    objects = posterior.settings["max_objects"]
+    return posterior.subset((torch.arange(len(posterior)) % objects == 0) | (posterior.presence >= LIKELY))
 
 
 def overlay_name(index: int, name: str, number: int = 1) -> str:

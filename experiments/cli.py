@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, SafetensorError) as error:
         # A full disk, a folder that was taken away: nothing that a traceback would explain.
-        print(f"foveate {name}: {error}", file=sys.stderr)
+        print(f"foveate {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"foveate {name}: interrupted", file=sys.stderr)

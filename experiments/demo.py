@@ -26,7 +26,7 @@ from foveate.experiments.options import Common, announce, print_table, require_a
 from foveate.experiments.outputs import check_directory, save_figure
 from foveate.experiments.report import Report, add_summary
 from foveate.experiments.scoring import Sampling, score_rows
-from foveate.experiments.training import Budget, fit_logged, prior_figure
+from foveate.experiments.training import Budget, fit_logged, prior_figure, remove_unfinished
 from foveate.inference.attend import attend
 from foveate.inference.checkpoint import write_json
 from foveate.inference.evaluate import evaluate
@@ -48,7 +48,7 @@ class Demo(Common):
     """The main job on embedded data: learn faces, find unseen ones with no initial gaze, and report.
 
     Attributes:
-        out: a folder; an earlier demo there is replaced.
+        out: a folder; an earlier demo there is replaced. Training that was interrupted there goes on.
         scenes: to learn from, composed of ORL people 1 to 30.
         clutter: pictures without a face to learn from.
         unseen: scenes to attend to, composed of ORL people 31 to 40 in other photographs.
@@ -66,10 +66,10 @@ class Demo(Common):
     def run(self) -> None:
         require_steps(self.budget)
         self.sampling.check()
-        require_at_least("--scenes", self.scenes, 12)
+        require_at_least("--scenes", self.scenes, 14)
         require_at_least("--clutter", self.clutter, 1)
         require_at_least("--unseen", self.unseen, 1)
-        check_directory(self.out, {"results.json": "astronaut", "run/model.safetensors": None, "run.training": None})
+        check_directory(self.out, {"results.json": "astronaut", "run.training": None})
         began = time.perf_counter()
         train = orl_scenes("train", self.scenes, self.seed)
         clutter = orl_clutter("train", self.clutter, self.seed)
@@ -102,6 +102,7 @@ class Demo(Common):
         rows = [*score_rows(results), *_further_rows(results)]
         _report(rows, list(pictures), self.out / "pictures", posterior).write(self.out / "report.html")
         write_json(self.out / "results.json", results)
+        remove_unfinished(self.out / "run")
         print_table(("score", "value"), rows)
         print(f"\n{self.out / 'report.html'}")
 

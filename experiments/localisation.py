@@ -47,7 +47,7 @@ from foveate.experiments.figures import (
 from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
-from foveate.experiments.training import BUNDLED_CLUTTER, Budget, default_clutter, fit_logged
+from foveate.experiments.training import BUNDLED_CLUTTER, Budget, default_clutter, fit_logged, remove_unfinished
 from foveate.inference.attend import SMALLEST, Candidates, attend, canonical_draws, search
 from foveate.inference.calibration import LEVEL, Reliability, reach, reliability
 from foveate.inference.checkpoint import Run, write_json
@@ -167,7 +167,7 @@ class Localisation(Common):
             "seconds": time.perf_counter() - began,
         }
         for collection, seen_there in zip(collections, seen, strict=True):
-            name = collection.label.replace("@", "_")
+            name = _in_file_names(collection.label)
             save_figure(_steps(runs[0], collection, seen_there[0]), self.out / f"figure_4_{name}.png")
             save_figure(convergence_figure(_curves(seen_there), sampled_after=LOOKS), self.out / f"figure_5_{name}.png")
         save_figure(reliability_figure(reliable), self.out / "reliability.png")
@@ -201,6 +201,7 @@ class Localisation(Common):
             else:
                 announce(f"training on {len(train)} scenes, seed {k}; the run goes to {folder}")
                 fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels)
+                remove_unfinished(folder)
             runs.append(open_run(folder, self.torch_device))
         return runs
 
@@ -284,12 +285,16 @@ def starts_off_by(
 
 def _collections(specs: Sequence[str], seed: int) -> list[Collection]:
     """The collections, each under a name of its own: folders may have the same name, and figures are called by it."""
-    found = [_collection(spec, seed) for spec in specs]
-    labels = [collection.label for collection in found]
-    return [
-        c if labels.count(c.label) == 1 else c._replace(label=f"{c.label}_{1 + labels[:k].count(c.label)}")
-        for k, c in enumerate(found)
-    ]
+    found: dict[str, Collection] = {}
+    for collection in (_collection(spec, seed) for spec in specs):
+        labels = [collection.label, *(f"{collection.label}_{k}" for k in range(2, len(specs) + 1))]
+        label = next(label for label in labels if _in_file_names(label) not in found)
+        found[_in_file_names(label)] = collection._replace(label=label)
+    return list(found.values())
+
+
+def _in_file_names(label: str) -> str:
+    return label.replace("@", "_")
 
 
 def _collection(spec: str, seed: int) -> Collection:

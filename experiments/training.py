@@ -24,7 +24,16 @@ from foveate.inference.fit import fit
 from foveate.model import DeepBeliefNet
 from foveate.model.errors import InputError
 
-__all__ = ["Budget", "Sample", "Train", "default_clutter", "fit_logged", "prior_figure", "unfinished_training"]
+__all__ = [
+    "Budget",
+    "Sample",
+    "Train",
+    "default_clutter",
+    "fit_logged",
+    "prior_figure",
+    "remove_unfinished",
+    "unfinished_training",
+]
 
 # Crops of the bundled photographs that serve as clutter where none is given.
 BUNDLED_CLUTTER = 200
@@ -80,6 +89,7 @@ class Train(Common):
         if clutter is not None:
             clutter.preload(progress=sys.stderr.isatty())
         run = fit_logged(scenes, clutter, self.out, self.budget, self.seed, self.torch_device, labels)
+        remove_unfinished(self.out)
         print(f"{self.out}: accuracy on scenes held out {run.config['validation_accuracy']:.3f}")
 
 
@@ -118,7 +128,8 @@ def fit_logged(
 
     What is known of the scenes' `labels` (see `labelled_scenes`) goes into its configuration.
 
-    Training that was interrupted goes on from `unfinished_training`, and its log with it.
+    Training that was interrupted goes on from `unfinished_training`, and its log with it. That folder stays until
+    `remove_unfinished`: a command that does more with the run need not train again where it is interrupted later.
     """
     unfinished = unfinished_training(out)
     lines = unfinished / "log.jsonl"
@@ -152,7 +163,6 @@ def fit_logged(
         )
     run = Run(run.model, run.guide, run.config | (labels or {}))
     save(run, out, log.values())
-    shutil.rmtree(unfinished, ignore_errors=True)
     return run
 
 
@@ -160,6 +170,11 @@ def unfinished_training(out: Path) -> Path:
     """Where the training of a run is kept until the run is whole."""
     out = out.resolve()
     return out.with_name(f"{out.name}.training")
+
+
+def remove_unfinished(out: Path) -> None:
+    """Forget how a run came about: it is whole, and whatever else was to be made of it."""
+    shutil.rmtree(unfinished_training(out), ignore_errors=True)
 
 
 def default_clutter(spec: str | None, seed: int) -> Scenes | None:

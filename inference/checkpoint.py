@@ -119,8 +119,10 @@ def load(path: str | os.PathLike) -> Run:
         guide = GazeGuide(**guide_form)
         if not isinstance(stated, dict):
             raise TypeError(f"settings are {stated!r}")
-        # Options that do not fit are told here, not at the first picture.
+        # What does not fit is told here, not at the first picture or after the last.
         model.prior(torch.ones(2))
+        if not stated.get("coverage_factor", 1.0) > 0:
+            raise ValueError(f"coverage_factor is {stated['coverage_factor']!r}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{where}: {_named(error)} is missing or of the wrong kind; train or copy the run again"

@@ -415,7 +415,8 @@ def _maximisation(
         model = following.model
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
-        model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
+        if model.gaze_prior == "proper":
+            model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
         fit_clutter(model, y, data(), plan.generator(number, 7))
         validation = density_coordinates(watched)

@@ -9,6 +9,7 @@ latents and is left out. With ``clutter=None`` the denominator is left out too: 
 prefers blank walls to faces.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
@@ -158,8 +159,9 @@ class AttentionModel(PyroModule):
             raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
         if gaze_prior not in PRIORS:
             raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
-        if not noise > 0:
-            raise InputError(f"noise={noise}: the likelihood needs a positive standard deviation")
+        for name, number in (("noise", noise), ("temperature", temperature)):
+            if not (number > 0 and math.isfinite(number)):
+                raise InputError(f"{name}={number}: a positive number is needed")
         self.dbn = dbn
         self.clutter = clutter
         self.identity = identity
@@ -204,7 +206,7 @@ class AttentionModel(PyroModule):
         """Prior over gazes for pictures of `size` ``(..., 2)`` holding height and width.
 
         Raises:
-            InputError: `prior_options` are those of the other prior.
+            InputError: `prior_options` are those of the other prior, or not positive.
         """
         kind, known = PRIORS[self.gaze_prior]
         unknown = set(self.prior_options) - set(known)
@@ -213,6 +215,9 @@ class AttentionModel(PyroModule):
                 f"prior_options: the {self.gaze_prior} gaze prior knows no {', '.join(sorted(unknown))}, only "
                 f"{', '.join(known)}; give those, or none"
             )
+        for name, value in self.prior_options.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"prior_options: {name}={value}: a positive number is needed")
         options: dict[str, Any] = self.prior_options
         return kind(size, **options)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -262,6 +263,10 @@ def test_a_file_name_of_another_encoding_is_refused_before_any_work(
     [
         (OSError(28, "No space left on device", "p.png"), "[Errno 28] No space left on device: 'p.png'"),
         (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
+        (
+            OSError("Can't write data (time = Tue Nov 24\n, errno = 28)"),
+            "Can't write data (time = Tue Nov 24 , errno = 28)",
+        ),
     ],
 )
 def test_a_machine_that_gives_up_is_told_in_one_line(
@@ -309,6 +314,52 @@ def test_attending_that_fails_half_way_leaves_the_earlier_output_whole(
     with pytest.raises(RuntimeError, match="fell over"):
         main(["attend", str(blank_run), str(tmp_path / "a.png"), "--out", str(out), *THREADS])
     assert {p: data for p, data in _contents(out).items() if attending.UNFINISHED not in p.parts} == before
+
+
+def test_attending_that_was_interrupted_goes_on_to_the_same_output(
+    tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _write_pictures(orl_scenes("train", 3, sizes=SMALL), tmp_path / "pictures")
+    words = ["attend", str(blank_run), str(folder), "--chains", "1", "--draws", "4", "--warmup", "2", *THREADS]
+    monkeypatch.setattr(attending, "BATCH", 2)
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    whole = attending.attend_batches
+    given: list[int] = []
+
+    def broken(model: Any, guide: Any, scenes: Any, **options: Any) -> Iterator[Posterior]:
+        given.append(len(scenes))
+        yield next(whole(model, guide, scenes, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attending, "attend_batches", broken)
+    again = [*words, "--out", str(tmp_path / "again")]
+    assert main(again) == 130
+    # Other work begins anew, and so does the same work after a picture has changed.
+    assert main([*again, "--seed", "1"]) == 130
+    assert main(again) == 130
+    first = min(folder.glob("*.png"))
+    os.utime(first, ns=(0, 0))
+    assert main(again) == 130
+    assert given == [3, 3, 3, 3]
+    capsys.readouterr()
+    assert main(again) == 130
+    assert "going on after the first 2" in capsys.readouterr().err
+    # All are attended to by now: what was left was one batch, and the interruption came after it.
+    monkeypatch.setattr(attending, "attend_batches", lambda *a, **o: pytest.fail("attended again"))
+    assert main(again) == 0
+    assert given == [3, 3, 3, 3, 1]
+    wanted, found = (
+        {p.relative_to(tmp_path / name): data for p, data in _contents(tmp_path / name).items()}
+        for name in ("whole", "again")
+    )
+    assert found.keys() == wanted.keys()
+    # The page holds a time, and a netCDF file is as it was written.
+    same = {p for p in wanted if p.suffix in (".csv", ".png")}
+    assert len(same) == 4
+    assert all(found[p] == wanted[p] for p in same)
+    posteriors = [Posterior.load(tmp_path / name / "posterior.nc") for name in ("whole", "again")]
+    assert torch.equal(posteriors[0].gaze, posteriors[1].gaze)
+    assert posteriors[0].names == posteriors[1].names
 
 
 class _Images(HTMLParser):

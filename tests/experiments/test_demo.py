@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from foveate.experiments.cli import main
 from foveate.experiments.demo import astronaut
 from foveate.experiments.training import unfinished_training
+from foveate.inference.checkpoint import Run, load
 from foveate.model import gaze as gazes
 
 
@@ -24,19 +26,38 @@ def test_the_astronauts_face_is_where_it_was_marked() -> None:
     assert abs(float(parts.rotation)) < 0.1
 
 
-def test_an_output_with_unfinished_training_in_it_is_the_demos_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("after", ["training", "the run is saved"])
+def test_a_demo_that_was_interrupted_goes_on_from_its_training(
+    tmp_path: Path, blank_run: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
-    def interrupted(scenes: object, clutter: object, out: Path, *arguments: object) -> None:
-        training.append(unfinished_training(out).is_dir())
-        unfinished_training(out).mkdir(parents=True, exist_ok=True)
+    def trained(*arguments: Any, checkpoint: Path, resume: bool, **options: Any) -> Run:
+        found.append(checkpoint.is_dir() and resume)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        return load(blank_run)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    training: list[bool] = []
-    monkeypatch.setattr("foveate.experiments.demo.fit_logged", interrupted)
-    words = ["demo", "--out", str(tmp_path / "demo"), "--scenes", "12", "--clutter", "1", "--unseen", "1"]
-    assert main([*words, "--threads", "1"]) == main([*words, "--threads", "1"]) == 130
-    assert training == [False, True], capsys.readouterr().err
+    found: list[bool] = []
+    out = tmp_path / "demo"
+    # What `fit` makes of its checkpoint is tested where `train` is.
+    monkeypatch.setattr("foveate.experiments.training.fit", trained)
+    place = {"training": "foveate.experiments.training.save", "the run is saved": "foveate.experiments.demo.evaluate"}
+    monkeypatch.setattr(place[after], interrupted)
+    words = ["demo", "--out", str(out), "--scenes", "14", "--clutter", "1", "--unseen", "1", *threads]
+    assert main(words) == main(words) == 130
+    assert found == [False, True]
+    assert unfinished_training(out / "run").is_dir()
+    assert (out / "run" / "config.json").is_file() == (after == "the run is saved")
+
+
+def test_a_run_that_train_put_there_is_not_the_demos_to_replace(
+    tmp_path: Path, blank_run: Path, threads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (blank_run / "model.safetensors").read_bytes()
+    assert main(["demo", "--out", str(tmp_path), *threads]) == 2
+    assert "holds other things than an earlier output" in capsys.readouterr().err
+    assert (blank_run / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

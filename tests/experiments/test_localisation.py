@@ -136,14 +136,18 @@ def command(tmp_path: Path, threads: list[str], monkeypatch: pytest.MonkeyPatch)
 
 def test_collections_of_one_name_are_told_apart(tmp_path: Path) -> None:
     specs = []
-    for place, name in (("a", "faces"), ("b", "faces"), ("b", "others")):
+    # Also in the names of files, where @ is not used.
+    for place, name in (("a", "faces"), ("b", "faces"), ("b", "faces@test_2"), ("b", "others_test"), ("b", "others")):
         folder = tmp_path / place / name
         folder.parent.mkdir(exist_ok=True)
         rows = _write(orl_scenes("test", 1, sizes=SMALL), folder, "test")
+        split = "@test" if name in ("faces", "others") else ""
         (folder / "gazes.csv").write_text("\n".join(["file,a,b,tx,ty,split", *rows]))
-        specs.append(f"folder:{folder}@test")
+        specs.append(f"folder:{folder}{split}")
     found = localisation._collections(specs, 0)
-    assert [collection.label for collection in found] == ["faces@test_1", "faces@test_2", "others@test"]
+    assert [collection.label for collection in found] == [
+        *("faces@test", "faces@test_2", "faces@test_2_2", "others_test", "others@test_2")
+    ]
     assert [collection.spec for collection in found] == specs
 
 

@@ -284,8 +284,14 @@ def test_a_config_that_is_not_a_runs_is_refused(copy: Path) -> None:
     [
         ("guide", {"width": -5}),
         ("settings", []),
+        ("settings", {"coverage_factor": None}),  # what JSON makes of a number that is none
+        ("settings", {"coverage_factor": -1.0}),
         ("model", {"noise": -1.0}),
         ("model", {"noise": "loud"}),
+        ("model", {"noise": float("inf")}),
+        ("model", {"temperature": 0.0}),
+        ("model", {"prior_options": {"rotation_sd": -0.2}}),
+        ("model", {"prior_options": {"rotation_sd": None}}),
         ("model", {"prior_options": {"largest": 1.2}}),
         ("model", {"prior_options": 3}),
     ],

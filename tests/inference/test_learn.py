@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.data import Scenes, UnlabelledScenes, compose_scenes, orl_clutter, orl_scenes, photographs
 from foveate.inference import guide_training
 from foveate.inference.attend import Candidates, search
-from foveate.inference.checkpoint import Run, save
+from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.fit import fit, fit_clutter
 from foveate.inference.guide import GazeGuide
 from foveate.inference.learn import Monitor, learn
@@ -457,14 +457,23 @@ def test_the_scenes_held_out_never_take_part() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_learned_run_comes_back_from_disk_with_its_monitors(tmp_path: Path) -> None:
-    learned = learn(small_run(), soft_scenes(36), **QUICK | {"rounds": 1})
+@pytest.mark.parametrize("kind", ["proper", "flat"])
+def test_a_learned_run_comes_back_from_disk_with_its_monitors_and_kind_of_gaze_prior(tmp_path: Path, kind: Any) -> None:
+    start = small_run()
+    start.model.gaze_prior = kind
+    learned = learn(start, soft_scenes(36), **QUICK | {"rounds": 1})
     assert [m["round"] for m in learned.config["learning"]] == [0, 1]
     save(learned, tmp_path / "run")
-    prior = learned.model.prior_options
-    assert 0 < prior["typical"] < 1 and prior["log_scale_sd"] >= 0.3
-    gaze = gazes.from_parts(torch.zeros(1, 2), torch.ones(1), torch.zeros(1))
-    assert bool(torch.isfinite(gaze).all())
+    again = load(tmp_path / "run")
+    assert again.config == learned.config
+    found, wanted = state(again), state(learned)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    options = again.model.prior_options
+    if kind == "flat":
+        # Its one option is a bound that nothing is learned about.
+        assert (again.model.gaze_prior, options) == ("flat", {})
+    else:
+        assert 0 < options["typical"] < 1 and options["log_scale_sd"] >= 0.3
 
 
 @pytest.mark.slow

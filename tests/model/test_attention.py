@@ -448,6 +448,8 @@ def test_pictures_may_come_packed_in_a_list_or_from_a_collection(toy: Toy) -> No
         ({"latent": "all"}, "latent='all': one of full, given_hidden, collapsed"),
         ({"gaze_prior": "improper"}, "gaze_prior='improper': 'proper' or 'flat'"),
         ({"noise": 0.0}, "noise=0.0: .* positive"),
+        ({"noise": math.inf}, "noise=inf: .* positive"),
+        ({"temperature": -1.0}, r"temperature=-1\.0: .* positive"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(toy: Toy, options: Any, message: str) -> None:
