@@ -81,7 +81,7 @@ class Attend(Common):
         made_of = _made_of(run, scenes, how_much)
         earlier = _begun(unfinished, made_of)
         if earlier:
-            announce(f"going on after the first {BATCH * len(earlier)}, which were done before an interruption")
+            announce(f"going on after the {min(BATCH * len(earlier), len(scenes))} that were done before an interruption")
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / "overlays").mkdir(parents=True)

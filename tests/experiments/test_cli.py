@@ -343,7 +343,7 @@ def test_attending_that_was_interrupted_goes_on_to_the_same_output(
     assert given == [3, 3, 3, 3]
     capsys.readouterr()
     assert main(again) == 130
-    assert "going on after the first 2" in capsys.readouterr().err
+    assert "going on after the 2 that" in capsys.readouterr().err
     # All are attended to by now: what was left was one batch, and the interruption came after it.
     monkeypatch.setattr(attending, "attend_batches", lambda *a, **o: pytest.fail("attended again"))
     assert main(again) == 0
