@@ -81,7 +81,8 @@ class Attend(Common):
         made_of = _made_of(run, scenes, how_much)
         earlier = _begun(unfinished, made_of)
         if earlier:
-            announce(f"going on after the {min(BATCH * len(earlier), len(scenes))} that were done before an interruption")
+            done = min(BATCH * len(earlier), len(scenes))
+            announce(f"going on after the {done} that were done before an interruption")
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / "overlays").mkdir(parents=True)
