@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -120,7 +121,7 @@ def rows_of(posterior: Posterior, factor: float = 1.0) -> list[tuple[Any, ...]]:
     gaze, sd = posterior.mean_gaze, factor * posterior.sd
     centre, scale, rotation = gazes.parts(gaze)
     rows: list[tuple[Any, ...]] = []
-    for i, name in enumerate(posterior.names):
+    for i, (name, (_, number)) in enumerate(zip(posterior.names, _numbered(posterior), strict=True)):
         numbers = [
             *gaze[i].tolist(),
             *centre[i].tolist(),
@@ -131,13 +132,18 @@ def rows_of(posterior: Posterior, factor: float = 1.0) -> list[tuple[Any, ...]]:
             *sd[i, :3].tolist(),
             math.degrees(float(sd[i, 3])),
         ]
-        rows.append((name, *(round(v, 6) for v in numbers), _number(posterior, i)))
+        rows.append((name, *(round(v, 6) for v in numbers), number))
     return rows
 
 
-def _number(posterior: Posterior, i: int) -> int:
-    """Which object of its picture a row is, from 1: the objects of a picture follow one another."""
-    return posterior.names[: i + 1].count(posterior.names[i])
+def _numbered(posterior: Posterior) -> list[tuple[int, int]]:
+    """Of every row the picture, from 0, and which of its objects, from 1: those of a picture follow one another."""
+    objects = Counter[str]()
+    numbers = []
+    for name in posterior.names:
+        objects[name] += 1
+        numbers.append((len(objects) - 1, objects[name]))
+    return numbers
 
 
 def _each_once(scenes: UnlabelledScenes, out: Path) -> UnlabelledScenes:
@@ -191,24 +197,23 @@ def _stream(
     with (folder / "gazes.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(COLUMNS)
-        for part, every in chain(((p, Posterior.load(p)) for p in earlier), ((None, p) for p in posteriors)):
-            posterior = every if part else _told_of(every)
-            count = len(set(posterior.names))
-            number = [done + list(dict.fromkeys(posterior.names)).index(name) for name in posterior.names]
+        written = ((True, Posterior.load(part)) for part in earlier)
+        for known, posterior in chain(written, ((False, _told_of(every)) for every in posteriors)):
+            numbers = [(done + picture, number) for picture, number in _numbered(posterior)]
             writer.writerows(rows_of(posterior, factor))
             table.flush()
-            if part is None:
-                for i, k in enumerate(number):
-                    picture, name = scenes[k]
+            if not known:
+                for i, (index, number) in enumerate(numbers):
+                    picture, name = scenes[index]
                     draws = posterior.gaze[i].flatten(0, 1)
                     figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i, factor))
-                    save_figure(figure, folder / "overlays" / overlay_name(k, name, _number(posterior, i)))
+                    save_figure(figure, folder / "overlays" / overlay_name(index, name, number))
                 # Last: a posterior that is there says that all else of its pictures is.
                 parts.append(folder / f"posterior.{len(parts):06d}.nc")
                 posterior.save(parts[-1])
             if done < REPORTED:
-                kept.append(posterior.subset([i for i, k in enumerate(number) if k < REPORTED]))
-            done += count
+                kept.append(posterior.subset([i for i, (index, _) in enumerate(numbers) if index < REPORTED]))
+            done = numbers[-1][0] + 1
     return Posterior.concatenate(kept), parts
 
 
@@ -247,10 +252,7 @@ def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> No
     figure = patches_figure(posterior.patch, posterior.canonical, titles=titles)
     report.figure(figure, "the patch and the canonical image of each picture")
     report.heading("Pictures")
-    picture = -1
-    for i, name in enumerate(posterior.names):
-        number = _number(posterior, i)
-        picture += number == 1
+    for name, (picture, number) in zip(posterior.names, _numbered(posterior), strict=True):
         overlay = folder / "overlays" / overlay_name(picture, name, number)
         report.picture(
             overlay, f"{name} with the gaze drawn over it", name if number == 1 else f"{name}, object {number}"
