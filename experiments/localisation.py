@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid
+from foveate.model.threads import in_parallel
 
 __all__ = ["ERRORS", "Localisation", "starts_off_by"]
 
@@ -377,12 +379,14 @@ def _robustness(run: Run, scenes: Scenes, truth: Tensor, seed: int) -> dict[tupl
 def _search(run: Run, scenes: Scenes, start: Tensor | None = None, steps: int = LOOKS) -> Candidates:
     """`foveate.inference.attend.search` on all scenes, a batch at a time; results on the CPU."""
     device = run.model.dbn.core.mean.device
-    parts = []
-    for begin in range(0, len(scenes), BATCH):
-        rows = range(begin, min(begin + BATCH, len(scenes)))
+
+    def searched(rows: range) -> Candidates:
         pyramid = Pyramid.build([p.to(device) for p in scenes.pictures(rows)], smallest=SMALLEST)
         first = None if start is None else start[rows.start : rows.stop]
-        parts.append(search(run.model, run.guide, pyramid, start=first, steps=steps))
+        return search(run.model, run.guide, pyramid, start=first, steps=steps)
+
+    every = [range(begin, min(begin + BATCH, len(scenes))) for begin in range(0, len(scenes), BATCH)]
+    parts = list(in_parallel(searched, every, device))
     return Candidates(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
@@ -390,12 +394,16 @@ def _search(run: Run, scenes: Scenes, start: Tensor | None = None, steps: int = 
 def _counting(guide: GazeGuide) -> Iterator[Counter[str]]:
     """Count what the guide looks at: cells of its glances and windows of its looks."""
     looked: Counter[str] = Counter()
+    # Scenes are looked at on several threads.
+    lock = Lock()
 
     def cells(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        looked["cells"] += output[:, 0].numel()
+        with lock:
+            looked["cells"] += output[:, 0].numel()
 
     def windows(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        looked["windows"] += len(inputs[0])
+        with lock:
+            looked["windows"] += len(inputs[0])
 
     hooks = [guide.glance.register_forward_hook(cells), guide.register_forward_hook(windows)]
     try:

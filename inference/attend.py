@@ -23,6 +23,7 @@ from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
+from foveate.model.threads import in_parallel
 
 __all__ = [
     "Candidates",
@@ -331,47 +332,56 @@ def attend_batches(
     batch: int = 16,
     progress: bool = False,
 ) -> Iterator[Posterior]:
-    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
+    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number.
+
+    On a CPU up to four batches are attended to beside each other, so `pictures` are read from several threads.
+    """
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
     _check(count, numbers | {"batch": batch, "max_objects": max_objects}, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     guide.eval()
     device = model.dbn.core.mean.device
+    settings = {
+        "chains": chains,
+        "draws": draws,
+        "warmup": warmup,
+        "kernel": kernel,
+        "guide_steps": guide_steps,
+        "seed": seed,
+        "guide_prior": float(guide.prior_weight),
+        "start": "scene" if start is None else "given",
+        "max_objects": max_objects,
+    }
+
+    def attended(rows: range) -> Posterior:
+        pyramid, hashes = _read(pictures, rows, device)
+        part = slice(rows.start, rows.stop)
+        v = None if canonical is None else canonical[part].to(device)
+        found = search(
+            model,
+            guide,
+            pyramid,
+            start=None if start is None else start[part],
+            canonical=v,
+            steps=guide_steps,
+            # What an object takes out with it must not leave the next ones without any.
+            modes=modes if max_objects == 1 else max(modes, 3 * max_objects),
+        )
+        objects = []
+        for number in range(max_objects):
+            objects.append(_sampled(model, guide, pyramid, hashes, names[part], found, v, dict(settings), number))
+            found = _without(found, found.gaze[:, 0])
+        order = torch.arange(max_objects * len(rows)).reshape(max_objects, -1).T
+        return objects[0] if max_objects == 1 else Posterior.concatenate(objects).subset(order.flatten())
+
+    parts = [range(begin, min(begin + batch, count)) for begin in range(0, count, batch)]
+    # Pyro's own kernels have one state of random numbers for the whole process.
+    beside = in_parallel(attended, parts, device) if kernel == "batched" else map(attended, parts)
     with tqdm(total=count, desc="attending", unit="scene", disable=None if progress else True) as bar:
-        for begin in range(0, count, batch):
-            rows = range(begin, min(begin + batch, count))
-            pyramid, hashes = _read(pictures, rows, device)
-            part = slice(rows.start, rows.stop)
-            v = None if canonical is None else canonical[part].to(device)
-            found = search(
-                model,
-                guide,
-                pyramid,
-                start=None if start is None else start[part],
-                canonical=v,
-                steps=guide_steps,
-                # What an object takes out with it must not leave the next ones without any.
-                modes=modes if max_objects == 1 else max(modes, 3 * max_objects),
-            )
-            settings = {
-                "chains": chains,
-                "draws": draws,
-                "warmup": warmup,
-                "kernel": kernel,
-                "guide_steps": guide_steps,
-                "seed": seed,
-                "guide_prior": float(guide.prior_weight),
-                "start": "scene" if start is None else "given",
-                "max_objects": max_objects,
-            }
-            objects = []
-            for number in range(max_objects):
-                objects.append(_sampled(model, guide, pyramid, hashes, names[part], found, v, settings, number))
-                found = _without(found, found.gaze[:, 0])
-            order = torch.arange(max_objects * len(rows)).reshape(max_objects, -1).T
-            yield objects[0] if max_objects == 1 else Posterior.concatenate(objects).subset(order.flatten())
-            bar.update(len(rows))
+        for posterior in beside:
+            yield posterior
+            bar.update(len(posterior.gaze) // max_objects)
 
 
 def canonical_draws(

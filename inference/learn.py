@@ -59,6 +59,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, extract
+from foveate.model.threads import in_parallel
 
 __all__ = ["Monitor", "UnlabelledPictures", "learn"]
 
@@ -279,21 +280,26 @@ def _expectation(run: Run, plan: _Plan, parts: _Parts, before: _Parts | None, nu
     parts.folder.mkdir(parents=True, exist_ok=True)
     run.guide.eval()
     names = plan.scenes.names
-    sure, done = 0.0, 0
-    for k, path in enumerate(parts.files()):
+    paths = parts.files()
+
+    def attended(k: int) -> dict[str, Tensor] | None:
+        if paths[k].exists():
+            return None
+        carried = None
+        if before is not None:
+            with safe_open(before.files()[k], "pt") as part:
+                carried = {name: part.get_tensor(name) for name in part.keys()}
         rows = parts.scenes[k * PART : (k + 1) * PART]
-        if not path.exists():
-            carried = None
-            if before is not None:
-                with safe_open(before.files()[k], "pt") as part:
-                    carried = {name: part.get_tensor(name) for name in part.keys()}
-            pictures = plan.scenes.pictures(rows)
-            found = _attended(run, pictures, [names[i] for i in rows], carried, plan.seed_of(number, 2))
+        return _attended(run, plan.scenes.pictures(rows), [names[i] for i in rows], carried, plan.seed_of(number, 2))
+
+    sure, done = 0.0, 0
+    for path, found in zip(paths, in_parallel(attended, range(len(paths)), _device(run)), strict=True):
+        if found is not None:
             with atomic_file(path) as beside:
                 save_file(found, beside)
         with safe_open(path, "pt") as part:
-            sure += float(part.get_tensor("presence").sum())
-        done += len(rows)
+            presence = part.get_tensor("presence")
+        sure, done = sure + float(presence.sum()), done + len(presence)
         plan.report(parts.stage, done, len(parts.scenes), sure / done)
     return parts
 
@@ -469,8 +475,11 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
 
 
 def _pyramid(run: Run, pictures: list[Tensor]) -> Pyramid:
-    device = run.model.dbn.core.mean.device
-    return Pyramid.build([p.to(device) for p in pictures], oversampling=2.0, smallest=SMALLEST)
+    return Pyramid.build([p.to(_device(run)) for p in pictures], oversampling=2.0, smallest=SMALLEST)
+
+
+def _device(run: Run) -> torch.device:
+    return run.model.dbn.core.mean.device
 
 
 def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], number: int) -> GuideData:

@@ -16,6 +16,7 @@ from foveate.data import Scenes
 from foveate.inference.attend import attend, attend_batches, integrated_odds, mode_points, search
 from foveate.inference.glance import Proposals
 from foveate.inference.guide import GazeGuide
+from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
@@ -263,6 +264,24 @@ def test_attending_in_batches_streams_the_same_posterior(world: World) -> None:
     whole = attend(world.model, world.guide, world.scenes, start=world.start, batch=2, **SHORT)
     assert [len(part) for part in parts] == [2, 1]
     assert torch.equal(torch.cat([part.gaze for part in parts]), whole.gaze)
+
+
+@pytest.mark.parametrize("start", ["given", "searched"])
+def test_batches_beside_each_other_are_those_one_after_the_other(world: World, start: str) -> None:
+    def attended(threads: int) -> Posterior:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            first = world.start if start == "given" else None
+            return attend(world.model, world.guide, world.scenes, start=first, batch=1, **SHORT)
+        finally:
+            torch.set_num_threads(before)
+
+    one, two = attended(1), attended(2)
+    assert one.names == two.names and one.hashes == two.hashes
+    # To the last bit: each batch has one thread to itself, as when there is but one.
+    for name in ("gaze", "modes", "presence", "canonical_draws"):
+        assert torch.equal(getattr(one, name).nan_to_num(), getattr(two, name).nan_to_num()), name
 
 
 def test_a_list_of_arrays_is_attended_like_scenes(world: World) -> None:

@@ -333,6 +333,28 @@ def test_resumed_learning_ends_as_learning_without_an_interruption(
     assert not torch.equal(wanted["guide.glance.head.bias"], small_run().guide.glance.head.bias)
 
 
+@pytest.mark.usefixtures("quick")
+def test_an_e_step_on_two_threads_finds_what_one_finds(tmp_path: Path) -> None:
+    def interrupt(now: str, done: int, total: int, figure: float) -> None:
+        if now == "reading, round 1":
+            raise KeyboardInterrupt
+
+    def parts(threads: int) -> dict[str, bytes]:
+        before, folder = torch.get_num_threads(), tmp_path / str(threads)
+        torch.set_num_threads(threads)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                learn(small_run(), soft_scenes(44), **QUICK, checkpoint=folder, progress=interrupt)
+        finally:
+            torch.set_num_threads(before)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("part*.safetensors"))}
+
+    one, two = parts(1), parts(2)
+    # Two parts of the 32 to learn from and one of the 12 held out.
+    assert len(one) == 3
+    assert one == two
+
+
 def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path: Path) -> None:
     folder = tmp_path / "ck"
     folder.mkdir()
