@@ -377,7 +377,7 @@ def _robustness(run: Run, scenes: Scenes, truth: Tensor, seed: int) -> dict[tupl
 
 
 def _search(run: Run, scenes: Scenes, start: Tensor | None = None, steps: int = LOOKS) -> Candidates:
-    """`foveate.inference.attend.search` on all scenes, a batch at a time; results on the CPU."""
+    """`foveate.inference.attend.search` on all scenes, in batches; results on the CPU."""
     device = run.model.dbn.core.mean.device
 
     def searched(rows: range) -> Candidates:

@@ -264,6 +264,7 @@ def attend(
             images afterwards given the gaze).
         guide: proposes gazes.
         pictures: a `Scenes`, or a list of ``(height, width)`` arrays or tensors, float in [0, 1] or uint8.
+            On a CPU they are read from several threads.
         chains: per scene, within the heaviest mode.
         draws: kept per chain.
         warmup: draws that adapt the step size, not kept.
@@ -283,7 +284,8 @@ def attend(
         seed: of every random number; a scene's are keyed by its name and do not depend on what shares its batch. (What
             is computed with them does in float32's last digits, which warm-up and HMC may amplify to other draws of
             the same posterior.)
-        batch: scenes that are worked on together; memory grows with it, not with the number of pictures.
+        batch: scenes that are worked on together, on a CPU up to four batches beside each other; memory grows with it,
+            not with the number of pictures.
         progress: show a bar.
 
     Returns:
@@ -332,10 +334,7 @@ def attend_batches(
     batch: int = 16,
     progress: bool = False,
 ) -> Iterator[Posterior]:
-    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number.
-
-    On a CPU up to four batches are attended to beside each other, so `pictures` are read from several threads.
-    """
+    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
     _check(count, numbers | {"batch": batch, "max_objects": max_objects}, start, canonical, kernel)

@@ -231,7 +231,7 @@ class _Parts(NamedTuple):
 
 def _learn(start: Run, plan: _Plan, folder: Path, each_round: EachRound | None) -> Run:
     train, held = plan.split()
-    device = start.model.dbn.core.mean.device
+    device = _device(start)
     run = _stage(folder / "start", lambda: start, device)
     first = before_held = _expectation(run, plan, _Parts(folder / "round_0" / "held", held, "looking, start"), None, 0)
     before: _Parts | None = None
@@ -381,7 +381,7 @@ def _maximisation(
     run: Run, plan: _Plan, place: Path, number: int, found: _Parts, held: _Parts, chosen: Int[Tensor, " chosen"]
 ) -> Run:
     """One M-step, stage by stage: the guide's glance, its looks, then everything that is believed."""
-    device = run.model.dbn.core.mean.device
+    device = _device(run)
     steps, report = plan.numbers, plan.report
     read: list[GuideData] = []
 

@@ -1,6 +1,7 @@
 """What every test stands on: checked shapes, fixed seeds, one thread per worker, and the optional real scenes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Workers share the cores, so each has one thread; BLAS and numba read these when they are first imported.
@@ -27,6 +28,14 @@ def _fixed_seeds() -> None:
     """Every test begins from the same global seeds and an empty parameter store, whatever ran before it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)  # torch, numpy and random alike
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test, or a command in it, may set the number of PyTorch's threads; it is the whole process's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

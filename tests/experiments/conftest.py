@@ -1,23 +1,13 @@
 """What the tests of the commands share."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    """A command sets the number of threads for its whole process, which is the tests' own here."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -187,14 +187,10 @@ def test_draws_of_a_scene_are_bit_for_bit_the_same_alone_and_in_a_batch(name):
 
 def test_threads_do_not_change_the_numbers():
     function, z = potential("quadratic, one target"), coordinates().repeat(1, 4, 1)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = function(z)
-        torch.set_num_threads(2)
-        shared = function(z)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    alone = function(z)
+    torch.set_num_threads(2)
+    shared = function(z)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 

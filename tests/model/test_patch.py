@@ -129,15 +129,11 @@ def test_fine_extraction_is_kornias_warp() -> None:
 def test_patches_do_not_depend_on_the_number_of_threads_and_leave_it_alone() -> None:
     pyramid = Pyramid.build(pictures(torch.float32))
     at = torch.stack([gazes_of_every_kind(s) for s in SIZES])
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            found.append(pyramid.extract(at))
-            assert torch.get_num_threads() == number
-    finally:
-        torch.set_num_threads(threads)
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        found.append(pyramid.extract(at))
+        assert torch.get_num_threads() == number
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
