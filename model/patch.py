@@ -290,8 +290,10 @@ def extract(
         return pictures.extract(gaze, size, extent)
     columns = size if isinstance(size, int) else size[1]
     scale = gazes.parts(gaze.detach()).scale * (gazes.CANONICAL_SIZE * extent / columns)
-    # Only the levels that these gazes read.
-    needed = math.floor(_level(float(scale.min()))), math.floor(_level(float(scale.max()))) + 1
+    # Only the levels that these gazes read. Where levels change over, those of both sides: the rounding of a scale must
+    # not leave out the one that its slope needs.
+    lowest, highest = _level(float(scale.min()) * (1 - 1e-6)), _level(float(scale.max()) * (1 + 1e-6))
+    needed = math.floor(lowest), math.floor(highest) + 1
     return Pyramid.build(list(pictures), oversampling=None, levels=needed).extract(gaze, size, extent)
 
 
