@@ -264,6 +264,22 @@ def test_patches_are_continuous_where_levels_meet_and_slopes_are_one_sided(edge:
     torch.testing.assert_close((along(0) - along(-step)) / step, slope(-tiny), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rounded", "off"), [(1 - 1e-9, 0.0), (1 + 1e-9, -1e-10)], ids=["down", "up"])
+def test_a_rounded_scale_leaves_out_no_level_that_is_read(
+    rounded: float, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processors round square roots differently; where levels meet, the slope is still that of all levels."""
+    picture, parts = photograph(50, 60), gazes.parts
+    at = torch.tensor([1 + off, 1 + off, 30.37, 22.71], dtype=torch.float64)
+    outwards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    whole = Pyramid.build([picture], oversampling=None)
+    monkeypatch.setattr(gazes, "parts", lambda gaze: parts(gaze)._replace(scale=rounded * parts(gaze).scale))
+    _, found = torch.autograd.functional.jvp(lambda g: extract(picture, g), at, outwards)
+    _, wanted = torch.autograd.functional.jvp(lambda g: whole.extract(g[None, None])[0, 0], at, outwards)
+    # The same sums over the same levels.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
 def test_a_point_beyond_the_edge_has_no_slope() -> None:
     at = torch.tensor([0.5, 0.0, -100.0, 20.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(extract(photograph(50, 60), at).sum(), at)
