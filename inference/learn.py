@@ -25,7 +25,7 @@ hundred take more.
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -68,7 +68,7 @@ PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
 # Draws whose patches are kept beside the one at the posterior mean.
 KEPT_DRAWS = 5
-# An M-step reads at most so many texels of scenes (a byte each, held twice), whatever their number and size.
+# An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
 MOST_CLUTTER = 200
@@ -486,21 +486,33 @@ def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], numb
     """Windows of the chosen scenes for the guide, in random order until the memory set aside for them is full."""
     generator = plan.generator(number, 8)
     order = chosen[torch.randperm(len(chosen), generator=generator)]
-    parts: list[Pyramid] = []
-    texels = 0
-    for row in order.tolist():
-        parts.append(coarse_pyramid(plan.scenes, [found.scenes[row]]).in_bytes())
-        texels += parts[-1].texels.numel()
-        plan.report(f"reading, round {number}", len(parts), len(order), 0.0)
-        if texels > MOST_TEXELS:
-            break
-    rows, place = order[: len(parts)].sort()
+    count = 0
+
+    def parts() -> Iterator[Pyramid]:
+        nonlocal count
+        texels = 0
+        for part in _one_by_one(plan.scenes, [found.scenes[row] for row in order.tolist()]):
+            texels += part.texels.numel()
+            if texels > MOST_TEXELS:
+                return
+            count += 1
+            plan.report(f"reading, round {number}", count, len(order), 0.0)
+            yield part
+
+    # What is never written to takes no memory.
+    pyramid = Pyramid.concatenate(parts(), torch.empty(MOST_TEXELS, dtype=torch.int8))
+    rows, place = order[:count].sort()
     clutter = None
     if plan.clutter is not None:
         some = torch.randperm(len(plan.clutter), generator=generator)[:MOST_CLUTTER].sort().values
-        clutter = coarse_pyramid(plan.clutter, some.tolist()).in_bytes()
-    pyramid = Pyramid.concatenate(parts)[place]
-    return GuideData(pyramid, found.read("gaze", rows), found.read("crops", rows)[:, 0], clutter)
+        clutter = Pyramid.concatenate(_one_by_one(plan.clutter, some.tolist()))
+    return GuideData(pyramid[place], found.read("gaze", rows), found.read("crops", rows)[:, 0], clutter)
+
+
+def _one_by_one(scenes: ScenePictures, rows: Sequence[int]) -> Iterator[Pyramid]:
+    """Scenes as the guide's training reads them, in bytes; never two as the floats they are built from."""
+    for row in rows:
+        yield coarse_pyramid(scenes, [row]).in_bytes()
 
 
 @torch.no_grad()

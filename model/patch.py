@@ -9,7 +9,7 @@ replicated: x(u) is continuous in u.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -113,18 +113,33 @@ class Pyramid:
         return cls(torch.cat(blocks), offset, rows, columns, stride, size)
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Pyramid"]) -> "Pyramid":
+    def concatenate(cls, parts: Iterable["Pyramid"], into: Tensor | None = None) -> "Pyramid":
         """The scenes of several pyramids, one after the other, in one buffer.
 
+        Args:
+            parts: the pyramids, on one device.
+            into: a buffer that the texels are copied to, each part's as it comes, in place of a new one: the parts of a
+                generator are then never in memory together. What is left over at its end is not touched.
+
         Raises:
-            InputError: for pyramids in bytes beside others.
+            InputError: for pyramids in bytes beside others, or more texels than the buffer takes.
         """
-        if len({p.texels.is_floating_point() for p in parts}) > 1:
-            raise InputError("some of these pyramids are in bytes and some are not: bring all to one form first")
-        lengths = torch.tensor([0] + [p.texels.numel() for p in parts[:-1]]).cumsum(0)
-        shifted = [p.offset + begin for p, begin in zip(parts, lengths.to(parts[0].offset.device), strict=True)]
-        tables = [torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "columns", "stride", "size")]
-        return cls(torch.cat([p.texels for p in parts]), torch.cat(shifted), *tables)
+        tables: list[tuple[Tensor, ...]] = []
+        texels = [] if into is None else [into[:0]]
+        begin = 0
+        for part in parts:
+            own, end = part.texels, begin + part.texels.numel()
+            if texels and texels[0].is_floating_point() != own.is_floating_point():
+                raise InputError("some of these pyramids are in bytes and some are not: bring all to one form first")
+            if into is not None:
+                if end > len(into):
+                    raise InputError(f"{end} texels and a buffer of {len(into)}: give a longer one")
+                own = into[begin:end].copy_(own)
+            texels.append(own)
+            tables.append((part.offset + begin, part.rows, part.columns, part.stride, part.size))
+            begin = end
+        joined = torch.cat(texels) if into is None else into[:begin]
+        return cls(joined, *(torch.cat(column) for column in zip(*tables, strict=True)))
 
     def __len__(self) -> int:
         return self.size.shape[0]
@@ -155,6 +170,13 @@ class Pyramid:
         if dtype is not None and dtype.is_floating_point and not texels.is_floating_point():
             texels = (texels.to(dtype) + 128) / 255
         return Pyramid(texels.to(device=device, dtype=dtype), *tables)
+
+    def compact(self) -> "Pyramid":
+        """The same scenes with the texels of no others: what a choice of few scenes of many is kept as."""
+        begin, end = self.offset.amin(1), (self.offset + self.rows * self.columns).amax(1)
+        texels = torch.cat([self.texels[b:e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)])
+        shift = (end - begin).cumsum(0) - end
+        return Pyramid(texels, self.offset + shift[:, None], self.rows, self.columns, self.stride, self.size)
 
     def in_bytes(self) -> "Pyramid":
         """The same pyramid in a quarter of the memory: a byte a texel, as coarse as the photographs it is made of.

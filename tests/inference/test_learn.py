@@ -17,7 +17,7 @@ from foveate.data import Scenes, UnlabelledScenes, compose_scenes, orl_clutter, 
 from foveate.inference import guide_training
 from foveate.inference.attend import Candidates, search
 from foveate.inference.checkpoint import Run, load, save
-from foveate.inference.fit import fit, fit_clutter
+from foveate.inference.fit import coarse_pyramid, fit, fit_clutter
 from foveate.inference.guide import GazeGuide
 from foveate.inference.learn import Monitor, learn
 from foveate.inference.potential import GazePotential
@@ -430,9 +430,12 @@ def test_an_m_step_reads_scenes_until_its_memory_is_full(tmp_path: Path, monkeyp
     assert len(everything.pyramid) == 40
     # The rows of the data are those of the scenes, in whatever order they were read.
     assert torch.equal(everything.pyramid.size, scenes.sizes)
+    at_once = coarse_pyramid(scenes, range(40)).in_bytes()
+    assert torch.equal(everything.pyramid.extract(gaze[:, None]), at_once.extract(gaze[:, None]))
     monkeypatch.setattr(learning, "MOST_TEXELS", everything.pyramid.texels.numel() // 4)
     some = learning._guide_data(plan, found, torch.arange(40), 1)
     assert 8 <= len(some.pyramid) <= 13
+    assert some.pyramid.texels.numel() <= learning.MOST_TEXELS
 
 
 @pytest.mark.usefixtures("quick")

@@ -321,6 +321,28 @@ def test_pyramids_put_together_read_as_they_did() -> None:
     # A part shares the texels of the whole; it may be put together with others all the same.
     parts = Pyramid.concatenate([both[3], both[[1, 0]]])
     torch.testing.assert_close(parts.extract(at[[3, 1, 0]]), wanted[[3, 1, 0]], rtol=0, atol=0)
+    # Into a buffer with room to spare, one part after the other.
+    buffer = both.texels.new_full((both.texels.numel() + 5,), -1.0)
+    copied = Pyramid.concatenate((part for part in (first, second)), buffer)
+    torch.testing.assert_close(copied.extract(at), wanted, rtol=0, atol=0)
+    assert copied.texels.data_ptr() == buffer.data_ptr()
+    assert torch.equal(copied.texels, both.texels) and bool((buffer[-5:] == -1).all())
+    with pytest.raises(InputError, match="give a longer one"):
+        Pyramid.concatenate([first, second], buffer[:-6])
+    with pytest.raises(InputError, match="in bytes"):
+        Pyramid.concatenate([first.in_bytes()], buffer)
+
+
+def test_a_compact_choice_of_scenes_reads_alike_and_keeps_the_texels_of_no_others() -> None:
+    pyramid = Pyramid.concatenate([Pyramid.build(pictures()[:3]), Pyramid.build(pictures()[3:], smallest=0.5)])
+    at = torch.stack([gazes_of_every_kind(s) for s in SIZES])
+    wanted = pyramid.extract(at)
+    lengths = [pyramid[i].compact().texels.numel() for i in range(4)]
+    assert sum(lengths) == pyramid.texels.numel()
+    for chosen in ([3], [2, 0], [3, 1, 2]):
+        part = pyramid[chosen].compact()
+        torch.testing.assert_close(part.extract(at[chosen]), wanted[chosen], rtol=0, atol=0)
+        assert part.texels.numel() == sum(lengths[i] for i in chosen)
 
 
 def test_leading_dimensions_are_kept() -> None:
