@@ -499,7 +499,7 @@ def _guide_data(plan: _Plan, found: _Parts, chosen: Int[Tensor, " chosen"], numb
             plan.report(f"reading, round {number}", count, len(order), 0.0)
             yield part
 
-    # What is never written to takes no memory.
+    # Pages that are never written to take no memory.
     pyramid = Pyramid.concatenate(parts(), torch.empty(MOST_TEXELS, dtype=torch.int8))
     rows, place = order[:count].sort()
     clutter = None
