@@ -226,10 +226,10 @@ class _Distractors:
     @classmethod
     def found(cls, guide: GazeGuide, data: GuideData, most: int = 200, each: int = 6) -> "_Distractors":
         """Proposals on up to `most` labelled scenes and pictures of clutter, without those that see the object."""
-        labelled = data.pyramid[torch.arange(min(most, len(data.pyramid)))].compact()
+        labelled = data.pyramid[torch.arange(min(most, len(data.pyramid)))]
         pyramids, truths = [labelled], [data.gaze[: len(labelled)].double()]
         if data.clutter is not None:
-            pyramids.append(data.clutter[torch.arange(min(most, len(data.clutter)))].compact())
+            pyramids.append(data.clutter[torch.arange(min(most, len(data.clutter)))])
             truths.append(torch.full((len(pyramids[1]), 4), math.nan, dtype=torch.float64))
         gaze = torch.cat([propose(guide.glance, pyramid, each).gaze.double() for pyramid in pyramids])
         truth = torch.cat(truths)[:, None].expand_as(gaze)

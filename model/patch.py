@@ -114,31 +114,35 @@ class Pyramid:
 
     @classmethod
     def concatenate(cls, parts: Iterable["Pyramid"], into: Tensor | None = None) -> "Pyramid":
-        """The scenes of several pyramids, one after the other, in one buffer.
+        """The scenes of several pyramids, one after the other, in one buffer that holds the texels of no others.
 
         Args:
-            parts: the pyramids, on one device.
-            into: a buffer that the texels are copied to, each part's as it comes, in place of a new one: the parts of a
-                generator are then never in memory together. What is left over at its end is not touched.
+            parts: the pyramids, on one device; of a choice of scenes that shares its texels with others, its own.
+            into: ``(n,)`` a buffer that the texels are copied to, each part's as it comes, in place of a new one: the
+                parts of a generator are then never in memory together. What is left over at its end is not touched.
 
         Raises:
             InputError: for pyramids in bytes beside others, or more texels than the buffer takes.
         """
         tables: list[tuple[Tensor, ...]] = []
         texels = [] if into is None else [into[:0]]
-        begin = 0
+        length = 0
         for part in parts:
-            own, end = part.texels, begin + part.texels.numel()
-            if texels and texels[0].is_floating_point() != own.is_floating_point():
+            if texels and texels[0].is_floating_point() != part.texels.is_floating_point():
                 raise InputError("some of these pyramids are in bytes and some are not: bring all to one form first")
-            if into is not None:
-                if end > len(into):
-                    raise InputError(f"{end} texels and a buffer of {len(into)}: give a longer one")
-                own = into[begin:end].copy_(own)
-            texels.append(own)
-            tables.append((part.offset + begin, part.rows, part.columns, part.stride, part.size))
-            begin = end
-        joined = torch.cat(texels) if into is None else into[:begin]
+            # A scene's levels lie one after the other.
+            begin, end = part.offset.amin(1), (part.offset + part.rows * part.columns).amax(1)
+            moved = length + (end - begin).cumsum(0) - end
+            for first, last in zip(begin.tolist(), end.tolist(), strict=True):
+                scene, behind = part.texels[first:last], length + last - first
+                if into is not None:
+                    if behind > len(into):
+                        raise InputError(f"{behind} texels and a buffer of {len(into)}: give a longer one")
+                    scene = into[length:behind].copy_(scene)
+                texels.append(scene)
+                length = behind
+            tables.append((part.offset + moved[:, None], part.rows, part.columns, part.stride, part.size))
+        joined = torch.cat(texels) if into is None else into[:length]
         return cls(joined, *(torch.cat(column) for column in zip(*tables, strict=True)))
 
     def __len__(self) -> int:
@@ -170,13 +174,6 @@ class Pyramid:
         if dtype is not None and dtype.is_floating_point and not texels.is_floating_point():
             texels = (texels.to(dtype) + 128) / 255
         return Pyramid(texels.to(device=device, dtype=dtype), *tables)
-
-    def compact(self) -> "Pyramid":
-        """The same scenes with the texels of no others: what a choice of few scenes of many is kept as."""
-        begin, end = self.offset.amin(1), (self.offset + self.rows * self.columns).amax(1)
-        texels = torch.cat([self.texels[b:e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)])
-        shift = (end - begin).cumsum(0) - end
-        return Pyramid(texels, self.offset + shift[:, None], self.rows, self.columns, self.stride, self.size)
 
     def in_bytes(self) -> "Pyramid":
         """The same pyramid in a quarter of the memory: a byte a texel, as coarse as the photographs it is made of.

@@ -333,16 +333,16 @@ def test_pyramids_put_together_read_as_they_did() -> None:
         Pyramid.concatenate([first.in_bytes()], buffer)
 
 
-def test_a_compact_choice_of_scenes_reads_alike_and_keeps_the_texels_of_no_others() -> None:
+def test_a_choice_of_scenes_put_together_keeps_the_texels_of_no_others() -> None:
     pyramid = Pyramid.concatenate([Pyramid.build(pictures()[:3]), Pyramid.build(pictures()[3:], smallest=0.5)])
     at = torch.stack([gazes_of_every_kind(s) for s in SIZES])
     wanted = pyramid.extract(at)
-    lengths = [pyramid[i].compact().texels.numel() for i in range(4)]
+    lengths = [Pyramid.concatenate([pyramid[i]]).texels.numel() for i in range(4)]
     assert sum(lengths) == pyramid.texels.numel()
-    for chosen in ([3], [2, 0], [3, 1, 2]):
-        part = pyramid[chosen].compact()
-        torch.testing.assert_close(part.extract(at[chosen]), wanted[chosen], rtol=0, atol=0)
-        assert part.texels.numel() == sum(lengths[i] for i in chosen)
+    for chosen, beside in (([3], [0]), ([2, 0], [1]), ([3, 1, 2], [3])):
+        part = Pyramid.concatenate([pyramid[chosen], pyramid[beside]])
+        torch.testing.assert_close(part.extract(at[chosen + beside]), wanted[chosen + beside], rtol=0, atol=0)
+        assert part.texels.numel() == sum(lengths[i] for i in chosen + beside)
 
 
 def test_leading_dimensions_are_kept() -> None:
