@@ -35,12 +35,21 @@ __all__ = [
     "from_array",
     "list_pictures",
     "open_pictures",
+    "passed_over",
 ]
 
 # A patch has 24 × 24 canonical pixels: a picture with a shorter side holds less than one patch at scale 1.
 MINIMUM_SIDE = 24
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# Those of the formats below that the installed pillow reads.
+SUFFIXES = tuple(
+    suffix
+    for suffix in (
+        ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif",
+        ".tiff", ".webp",
+    )
+    if suffix in Image.registered_extensions()
+)  # fmt: skip
 
 # What a picture that is not simply 8 bits, still and opaque is made into; stated once per kind and folder.
 CONVERSIONS = {
@@ -50,6 +59,8 @@ CONVERSIONS = {
     "turned": "turned or mirrored as their EXIF orientation says",
 }
 
+# Files that cannot be used which an error names one by one.
+TOLD = 10
 EXIF_ORIENTATION = 0x0112
 MID_GREY = (128, 128, 128, 255)
 
@@ -162,6 +173,23 @@ def list_pictures(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
+def passed_over(directory: Path, found: Sequence[Path]) -> list[Path]:
+    """What lies below a folder and is not among the pictures that `list_pictures` found there.
+
+    Files of other suffixes (but tables), links that lead nowhere, and links to folders, which are not followed; nothing
+    that is hidden.
+    """
+    known = set(found)
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path not in known
+        and (path.is_symlink() or not path.is_dir())
+        and path.suffix.lower() != ".csv"
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    )
+
+
 def open_pictures(paths: Sequence[Path]) -> list[PictureFile]:
     """Read the headers of pictures and refuse, before any long work, those that cannot be used.
 
@@ -169,17 +197,25 @@ def open_pictures(paths: Sequence[Path]) -> list[PictureFile]:
     here. What is converted (16 bits, transparency, animation, EXIF orientation) is logged once per kind.
 
     Raises:
-        InputError: a file is missing, unreadable, truncated or smaller than 24 × 24 pixels; the message names it.
+        InputError: files are missing, unreadable, truncated or smaller than 24 × 24 pixels; the message names them.
     """
     kinds: Counter[str] = Counter()
     examples: dict[str, Path] = {}
     pictures = []
+    refused: list[str] = []
     for path in paths:
-        size, of_file = _header(path)
+        try:
+            size, of_file = _header(path)
+        except InputError as error:
+            refused.append(str(error))
+            continue
         for kind in of_file:
             kinds[kind] += 1
             examples.setdefault(kind, path)
         pictures.append(PictureFile(path, size))
+    if refused:
+        more = f"; and {len(refused) - TOLD} more" if len(refused) > TOLD else ""
+        raise InputError("; ".join(refused[:TOLD]) + more)
     for kind, count in kinds.items():
         noun = "picture" if count == 1 else "pictures"
         logger.warning("%d %s %s (first: %s)", count, noun, CONVERSIONS[kind], examples[kind])

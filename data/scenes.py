@@ -24,6 +24,7 @@ from foveate.data.pictures import (
     from_array,
     list_pictures,
     open_pictures,
+    passed_over,
 )
 from foveate.model.errors import InputError
 
@@ -177,12 +178,24 @@ class UnlabelledScenes(_PictureList):
     def from_files(cls, paths: Sequence[str | os.PathLike]) -> "UnlabelledScenes":
         """Pictures by path, named as given; a folder among them stands for all pictures below it.
 
+        What is passed over in a folder, by its suffix or because it is a link to another folder, is logged.
+
         Raises:
             InputError: a path is missing or no picture, or no path was given.
         """
         if not paths:
             raise InputError("no picture was given; name at least one file or folder")
-        found = [f for p in map(Path, paths) for f in (list_pictures(p) if p.is_dir() else [p])]
+        found: list[Path] = []
+        for path in map(Path, paths):
+            here = list_pictures(path) if path.is_dir() else [path]
+            found += here
+            left = passed_over(path, here) if path.is_dir() else []
+            if left:
+                logger.warning(
+                    "%s: %d passed over, no pictures by their suffix or links to folders (first: %s); "
+                    "name them one by one to have them read",
+                    path, len(left), left[0],
+                )  # fmt: skip
         return cls(open_pictures(found), [path.as_posix() for path in found])
 
     @classmethod

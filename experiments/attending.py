@@ -32,8 +32,8 @@ from foveate.model.errors import InputError
 
 __all__ = ["COLUMNS", "Attend", "rows_of"]
 
-# Columns of gazes.csv; the first five make it a label file of its own. Scene pixels and degrees; sd_size is the
-# log-scale's. Objects of a file are numbered from 1.
+# Columns of gazes.csv; the first five are those of a label file, which has names relative to its folder. Scene pixels
+# and degrees; sd_size is the log-scale's. Objects of a file are numbered from 1. `docs/how-to/attend.md` tells users.
 COLUMNS = (
     "file", "a", "b", "tx", "ty", "centre_x", "centre_y", "width", "rotation_degrees", "presence", "weight",
     "sd_x", "sd_y", "sd_size", "sd_rotation_degrees", "object",
@@ -75,7 +75,8 @@ class Attend(Common):
         run = open_run(self.source, self.torch_device)
         scenes = _each_once(UnlabelledScenes.from_files(self.pictures), self.out)
         unfinished = self.out / UNFINISHED
-        announce(f"attending to {len(scenes)} pictures; rows appear in {unfinished}, the whole output in {self.out}")
+        noun = "picture" if len(scenes) == 1 else "pictures"
+        announce(f"attending to {len(scenes)} {noun}; rows appear in {unfinished}, the whole output in {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
 
         how_much = {**dataclasses.asdict(self.sampling), "max_objects": self.max_objects, "seed": self.seed}

@@ -76,14 +76,16 @@ def scene_figure(
         draws: draws of the posterior; 16 spread evenly over them are shown.
         truth: the true gaze.
         title: above the picture.
-        width: inches.
+        width: inches; a picture more than three times as high as wide is drawn smaller, and so high.
 
     Convention: as the module.
     """
     height, across = picture.shape
     room = 0.3 if title else 0.0
-    figure = Figure(figsize=(width, width * height / across + room))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1 - room / (width * height / across + room)))
+    high = min(width * height / across, 3 * width)
+    share = high * across / height / width
+    figure = Figure(figsize=(width, high + room))
+    axes = figure.add_axes(((1 - share) / 2, 0.0, share, high / (high + room)))
     _draw_scene(axes, picture, path, draws, truth, line=max(1.2, 0.35 * width))
     if title:
         axes.set_title(title, fontsize=10, parse_math=False)

@@ -129,6 +129,8 @@ def open_run(path: Path, device: str) -> Run:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output: first column to the left, the others to the right."""
+    # A name may have a line's end in it.
+    header, *rows = [[cell.replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
     rule = ["-" * width for width in widths]
     for row in [header, rule, *rows]:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,10 @@ class Report:
     def figure(self, figure: Figure, alt: str, caption: str = "") -> None:
         """A figure, drawn as PNG into the page; `alt` says in words what is to be seen."""
         held = io.BytesIO()
-        figure.savefig(held, format="png", dpi=self.dpi)
+        with warnings.catch_warnings():
+            # Pictures are named in all the world's scripts, of which a font has a few.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(held, format="png", dpi=self.dpi)
         self._picture(held.getvalue(), alt, caption)
 
     def picture(self, path: Path, alt: str, caption: str = "") -> None:

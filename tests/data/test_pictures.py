@@ -124,6 +124,14 @@ def test_a_missing_picture_is_named(tmp_path: Path) -> None:
         open_pictures([tmp_path / "gone.png"])
 
 
+def test_all_pictures_that_cannot_be_used_are_named_at_once(tmp_path: Path) -> None:
+    save(tmp_path / "fine.png", Image.fromarray(RAMP))
+    paths = [corrupted(tmp_path / f"{i:02d}.png", "empty") for i in range(12)]
+    with pytest.raises(InputError, match="and 2 more") as caught:
+        open_pictures([tmp_path / "fine.png", *paths])
+    assert all(path.name in str(caught.value) for path in paths[:10]) and "\n" not in str(caught.value)
+
+
 def test_a_floating_point_picture_must_lie_between_zero_and_one(tmp_path: Path) -> None:
     fine = save(tmp_path / "a.tif", Image.fromarray((RAMP / 255).astype(np.float32)))
     assert np.allclose(decode(fine), RAMP / 255, atol=1e-6)  # float32

@@ -288,6 +288,14 @@ def test_files_and_folders_are_taken_as_given(folder: Path) -> None:
         UnlabelledScenes.from_files([folder / "c.png"])
 
 
+def test_what_a_folder_holds_beside_pictures_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(UnlabelledScenes.from_files([folder])) == 2 and not caplog.messages
+    (folder / "c.heic").write_bytes(b"")
+    (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
+    assert len(UnlabelledScenes.from_files([folder])) == 2
+    assert "2 passed over" in caplog.text and "c.heic" in caplog.text
+
+
 def test_a_spec_names_kind_folder_and_split(folder: Path) -> None:
     assert Scenes.from_spec(f"folder:{folder}@test").names == ("b.png",)
     assert Scenes.from_specs([f"folder:{folder}@test", f"caltech:{folder}@train"]).names == ("b.png", "a.png")

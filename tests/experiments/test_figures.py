@@ -54,6 +54,14 @@ def test_a_scene_shows_every_gaze_of_its_path_some_draws_and_the_truth() -> None
     assert axes.get_title() == "presence 0.9"
 
 
+def test_a_picture_like_a_column_is_drawn_no_higher_than_three_times_the_width() -> None:
+    path = _gazes(2)
+    figure = scene_figure(torch.rand(3000, 30), path, width=4.0)
+    assert figure.get_size_inches().tolist() == [4.0, 12.0]
+    box = figure.axes[0].get_position()
+    assert box.height / box.width == pytest.approx(100 * 4 / 12)
+
+
 def test_the_view_is_the_pictures_own_even_if_a_gaze_reaches_beyond_it() -> None:
     far = gazes.from_parts(torch.tensor([[200.0, -50.0]]), torch.tensor([3.0]), torch.tensor([0.0]))
     axes = scene_figure(torch.rand(60, 80), far, far, truth=far[0]).axes[0]
