@@ -108,6 +108,12 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         self.folder, self.began = folder, time.perf_counter()
         self.bars: StageBars | None = None
+        path = folder / "log.jsonl"
+        if path.is_file():
+            # A line that was being written when the power went is none.
+            whole = path.read_bytes().rpartition(b"\n")
+            with path.open("r+b") as file:
+                file.truncate(len(whole[0]) + len(whole[1]))
 
     def progress(self, stage: str, done: int, total: int, figure: float) -> None:
         """A step was done."""

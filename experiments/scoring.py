@@ -82,6 +82,8 @@ def score_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         return "not known" if results[key] is None else f"{results[key]:.{digits}f}"
 
     bound_error = "" if results["bound_nats_se"] is None else f" ± {results['bound_nats_se']:.1f}"
+    undefined = results["rhat_undefined"]
+    without_rhat = f" ({undefined} scenes without: chains that stand still, or too few draws)" if undefined else ""
     return [
         ("scenes", str(results["scenes"])),
         ("accuracy (IoU > 0.5)", number("accuracy", 3)),
@@ -94,6 +96,6 @@ def score_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("log Z of the prior, nats", f"{results['log_z']:.2f} ± {results['log_z_se']:.2f}"),
         ("acceptance rate", number("acceptance_rate", 2)),
         ("divergences", str(results["divergences"])),
-        ("largest R-hat", number("rhat_max", 3)),
+        ("largest R-hat", number("rhat_max", 3) + without_rhat),
         ("smallest ESS", number("ess_min", 0)),
     ]

@@ -339,9 +339,10 @@ def attend_batches(
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
     _check(count, numbers | {"batch": batch, "max_objects": max_objects}, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
+    keys = stream_keys(names)
     guide.eval()
     device = model.dbn.core.mean.device
-    settings = {
+    settings: dict[str, Any] = {
         "chains": chains,
         "draws": draws,
         "warmup": warmup,
@@ -369,7 +370,8 @@ def attend_batches(
         )
         objects = []
         for number in range(max_objects):
-            objects.append(_sampled(model, guide, pyramid, hashes, names[part], found, v, dict(settings), number))
+            kept = Candidates(*(values[:, :modes] for values in found))
+            objects.append(_sampled(model, guide, pyramid, hashes, names[part], keys[part], kept, v, settings, number))
             found = _without(found, found.gaze[:, 0])
         order = torch.arange(max_objects * len(rows)).reshape(max_objects, -1).T
         return objects[0] if max_objects == 1 else Posterior.concatenate(objects).subset(order.flatten())
@@ -430,6 +432,7 @@ def _sampled(
     pyramid: Pyramid,
     hashes: list[str],
     names: list[str],
+    keys: Int[Tensor, " scene"],
     found: Candidates,
     canonical: Tensor | None,
     settings: dict[str, Any],
@@ -437,10 +440,11 @@ def _sampled(
 ) -> Posterior:
     """Chains within the heaviest mode of every scene, canonical images given the gazes, and everything put together.
 
-    `number` counts the objects of a scene from 0; each has random numbers of its own.
+    `keys` are those of the scenes' random numbers. `number` counts the objects of a scene from 0; each has numbers of
+    its own.
     """
     count, chains, draws = len(pyramid), settings["chains"], settings["draws"]
-    streams = stream_keys(names)[:, None] * 1009 + number * 104_729 + torch.arange(chains)
+    streams = keys[:, None] * 1009 + number * 104_729 + torch.arange(chains)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
     weight = float(guide.prior_weight)
 
@@ -486,7 +490,7 @@ def _sampled(
         names=names,
         hashes=hashes,
         sizes=pyramid.size.clone(),
-        settings=settings,
+        settings=dict(settings),
     )
 
 
@@ -529,9 +533,16 @@ def _stock(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Pyro's own kernels, one scene and one chain at a time (the only way they have)."""
     count, chains = z0.shape[:2]
-    draws = torch.empty(count, chains, settings["draws"], 4, dtype=z0.dtype)
-    lp = torch.empty(count, chains, settings["draws"], dtype=z0.dtype)
-    diverging = torch.zeros(count, chains, settings["draws"], dtype=torch.bool)
+    draws = z0.new_empty(count, chains, settings["draws"], 4)
+    lp = z0.new_empty(count, chains, settings["draws"])
+    diverging = torch.zeros(lp.shape, dtype=torch.bool, device=z0.device)
+    diverged: list[int] = []
+
+    def watch(kernel: Any, _params: Any, stage: str, _step: int) -> None:
+        # `MCMC.diagnostics` tells the same, but asks for an R-hat first, which fewer than four draws do not have.
+        if stage.startswith("Sample"):
+            diverged[:] = kernel.diagnostics()["divergences"]
+
     for i in range(count):
         potential = potential_of(slice(i, i + 1))
 
@@ -552,10 +563,12 @@ def _stock(
                 warmup_steps=settings["warmup"],
                 initial_params={"z": z0[i, c].clone()},
                 disable_progbar=True,
+                hook_fn=watch,
             )
             mcmc.run()
             draws[i, c] = mcmc.get_samples()["z"]
-            diverging[i, c, mcmc.diagnostics()["divergences"]["chain 0"]] = True
+            for draw in diverged:
+                diverging[i, c, draw] = True
             with torch.no_grad():
                 lp[i, c] = torch.stack([-energy({"z": z}) for z in draws[i, c]])
     return draws, {"lp": lp, "diverging": diverging}

@@ -82,16 +82,18 @@ def coverage_factor(reached: Float[Tensor, " scene"], level: float = LEVEL) -> f
 
     The conformal quantile, number ⌈(n + 1) level⌉ of n in order: the next scene of the same kind is covered with at
     least that probability, however wrong the model is (Vovk et al. 2005). Of fewer than ``level / (1 - level)`` scenes,
-    nine at 0.9, no factor is known to be enough: the largest is taken, which covers n of n + 1. 1 where there is none.
+    nine at 0.9, no factor is known to be enough: the largest is taken, which covers n of n + 1. A scene whose draws are
+    all the same is out of reach of any factor, and counts as farther off than every other. 1 where there is none.
 
     Args:
         reached: of `reach`, on scenes that nothing was trained on.
         level: the share of scenes to be covered.
     """
-    if len(reached) == 0:
+    known = reached[torch.isfinite(reached)]
+    if len(known) == 0:
         return 1.0
-    rank = min(len(reached), math.ceil((len(reached) + 1) * level))
-    return float(reached.sort().values[rank - 1])
+    rank = min(len(known), math.ceil((len(reached) + 1) * level))
+    return float(known.sort().values[rank - 1])
 
 
 def calibrated_factor(

@@ -100,12 +100,12 @@ def evaluate(
     with torch.no_grad():
         bound = quoted_bound(run.model.dbn, y).double()
         baselines = {name: float(run.model.baseline(name).log_prob(y).mean()) for name in ("gaussian", "student_t")}
-    statistics = posterior.statistics
+    statistics, rhat = posterior.statistics, posterior.rhat()
     results: dict[str, Any] = {
         "scenes": len(scenes),
         "accuracy": float((iou > 0.5).double().mean()),
         "mean_iou": float(iou.mean()),
-        "median_iou": float(iou.median()),
+        "median_iou": float(iou.quantile(0.5)),
         "iou_by_step": [float(v) for v in by_step.mean(0)],
         "seconds_per_scene": seconds,
         "bound_nats": float(bound.mean()),
@@ -116,7 +116,9 @@ def evaluate(
         "log_z_se": float(run.model.dbn.log_z_se),
         "acceptance_rate": _mean(statistics.get("acceptance_rate")),
         "divergences": int(statistics["diverging"].sum()) if "diverging" in statistics else 0,
-        "rhat_max": _largest(posterior.rhat()),
+        "rhat_max": _largest(rhat),
+        # Chains that never move have none, and must not pass for chains that agree.
+        "rhat_undefined": int((~torch.isfinite(rhat)).sum()),
         "ess_min": _smallest(posterior.ess()),
         "presence_mean": float(posterior.presence.mean()),
         "start": start,

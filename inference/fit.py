@@ -530,7 +530,8 @@ def _evidence_weights(
 def held_out(count: int, people: Sequence[str | None] | None, generator: torch.Generator) -> Bool[Tensor, " scene"]:
     """Which scenes are kept for calibration: about 12 %, at most 60, whole people where people are known.
 
-    Where every person has too many scenes to be held out, single scenes are.
+    Whole people may make them half as many again; where every person has more scenes than that, single scenes are held
+    out.
     """
     wanted = min(max(4, round(HELD_OUT * count)), MOST_HELD_OUT)
     person = person_numbers(people)
@@ -562,5 +563,5 @@ def gaze_prior_options(pyramid: Pyramid, truth: Float[Tensor, "scene 4"]) -> dic
     return {
         "typical": float(share.mean().exp()),
         "log_scale_sd": max(0.3, 1.5 * float(share.std())),
-        "rotation_sd": max(0.15, 1.5 * float(parts.rotation.std())),
+        "rotation_sd": min(max(0.15, 1.5 * float(parts.rotation.std())), math.pi),
     }

@@ -661,6 +661,22 @@ class _ModelDensity:
             self.transforms[name] = biject_to(node["fn"].support).inv
             self.start[name] = self.transforms[name](value)
         self.layout = _Layout(self.start, batch_dims)
+        self._refuse_moving_supports()
+
+    def _refuse_moving_supports(self) -> None:
+        """Transforms are made once, so no support may change with the values of other sites."""
+        moved = {name: of.inv(self.start[name] + 0.5).detach() for name, of in self.transforms.items()}
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(self.model, moved)).get_trace(*self.args, **self.kwargs)
+            for name, transform in self.transforms.items():
+                probe = self.start[name]
+                again = biject_to(trace.nodes[name]["fn"].support)(probe)
+                if not torch.allclose(again, transform.inv(probe), equal_nan=True):
+                    raise InputError(
+                        f"the support of site '{name}' depends on another latent site, which HMC in one unconstrained "
+                        "space cannot follow: sample a share of the range and compute the value from it, "
+                        "such as x = s * Uniform(0, 1)"
+                    )
 
     def __call__(self, z: Tensor) -> Tensor:
         terms = iter(self.terms(z).values())

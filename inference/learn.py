@@ -279,7 +279,7 @@ def _expectation(run: Run, plan: _Plan, parts: _Parts, before: _Parts | None, nu
     """Attend to the scenes of `parts` and write what was found; parts that are there already are kept."""
     parts.folder.mkdir(parents=True, exist_ok=True)
     run.guide.eval()
-    names = plan.scenes.names
+    keys = stream_keys(plan.scenes.names)
     paths = parts.files()
 
     def attended(k: int) -> dict[str, Tensor] | None:
@@ -290,7 +290,7 @@ def _expectation(run: Run, plan: _Plan, parts: _Parts, before: _Parts | None, nu
             with safe_open(before.files()[k], "pt") as part:
                 carried = {name: part.get_tensor(name) for name in part.keys()}
         rows = parts.scenes[k * PART : (k + 1) * PART]
-        return _attended(run, plan.scenes.pictures(rows), [names[i] for i in rows], carried, plan.seed_of(number, 2))
+        return _attended(run, plan.scenes.pictures(rows), keys[rows], carried, plan.seed_of(number, 2))
 
     sure, done = 0.0, 0
     for path, found in zip(paths, in_parallel(attended, range(len(paths)), _device(run)), strict=True):
@@ -306,9 +306,9 @@ def _expectation(run: Run, plan: _Plan, parts: _Parts, before: _Parts | None, nu
 
 @torch.no_grad()
 def _attended(
-    run: Run, pictures: list[Tensor], names: list[str], before: dict[str, Tensor] | None, seed: int
+    run: Run, pictures: list[Tensor], keys: Int[Tensor, " scene"], before: dict[str, Tensor] | None, seed: int
 ) -> dict[str, Tensor]:
-    """One part of an E-step.
+    """One part of an E-step; `keys` are those of the scenes' random numbers.
 
     Returns:
         ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
@@ -323,7 +323,7 @@ def _attended(
     belief = weight / sd[:, None].square() if weight > 0 else None
     score, prior = odds_score(run.model, None), run.model.prior(pyramid.size.double())
     potential = GazePotential(pyramid, chart, score, prior, belief)
-    streams = stream_keys(names)[:, None] * 1009 + torch.arange(CHAINS)
+    streams = keys[:, None] * 1009 + torch.arange(CHAINS)
     z = chain_starts(potential, base, sd, KeyedNoise(seed, streams))
     adaptation: dict[str, Tensor] = {}
     if before is not None:
@@ -559,11 +559,12 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
     scenes = plan.scenes
     described = {
         "scenes": len(scenes),
-        "names": str(int(stream_keys(list(scenes.names)).sum())),
-        "first_picture": picture_hash(scenes.pictures([0])[0]),
-        "clutter": 0 if plan.clutter is None else len(plan.clutter),
+        "names": digest(stream_keys(scenes.names)),
+        "pictures": _some_hashes(scenes),
+        "clutter": None if plan.clutter is None else [len(plan.clutter), *_some_hashes(plan.clutter)],
         "seed": plan.seed,
         "start": digest(*(v for part in (run.model, run.guide) for v in part.state_dict().values())),
+        "start_settings": [run.model.temperature, run.model.noise, run.model.gaze_prior, run.model.prior_options],
         **plan.numbers,
     }
     path = folder / "plan.json"
@@ -579,3 +580,9 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
     different = [name for name, value in described.items() if earlier.get(name) != value]
     if different:
         raise InputError(f"{path}: the work there is another one ({', '.join(different)} differ); resume it as it was")
+
+
+def _some_hashes(scenes: ScenePictures) -> list[str]:
+    """What tells the pictures from others without reading all of them: the first, the last, and some in between."""
+    last = len(scenes) - 1
+    return [picture_hash(scenes.pictures([i])[0]) for i in sorted({k * last // 4 for k in range(5)})]

@@ -6,6 +6,7 @@ device. The mixing function is the output function of SplitMix64 (Steele, Lea an
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -65,8 +66,16 @@ class KeyedNoise:
 
 
 def stream_keys(names: Sequence[str]) -> Int[Tensor, " name"]:
-    """Stable stream keys of names, of scenes' files for example: the same name has the same noise in any batch."""
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    """Stable stream keys of names, of scenes' files for example: the same name has the same noise in any batch.
+
+    Names that come again, as files of two folders may, have a key of their own each time.
+    """
+    earlier: Counter[str] = Counter()
+    told = []
+    for name in names:
+        told.append(f"{name}\0{earlier[name]}" if earlier[name] else name)
+        earlier[name] += 1
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in told)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 

@@ -306,7 +306,7 @@ def _train_gated(
     _climb_layer(net, y[:, 0], residuals, log_dets, steps, watch, generator)
     # The filters rest from here on, so that the residuals are known once and for all.
     filters = layer.analysis.double() @ torch.linalg.inv(root.double())
-    _climb_top(net, y[:, 0], residuals @ filters.to(y.dtype).T, steps // 2, watch, generator)
+    _climb_top(net, y[:, 0], residuals @ filters.to(y.dtype).T, max(1, steps // 2), watch, generator)
     return net
 
 
@@ -475,8 +475,8 @@ def _train_diagonal(
 
 
 def _groups(count: int, people: Tensor | None, device: torch.device) -> Tensor:
-    """A number for each picture such that equal numbers stay together; without people, runs of neighbours."""
-    if people is None:
+    """A number for each picture such that equal numbers stay together; without two people, runs of neighbours."""
+    if people is None or len(people.unique()) < 2:
         return torch.arange(count, device=device) * (4 * FOLDS) // count
     return people.unique(return_inverse=True)[1]
 

@@ -698,12 +698,14 @@ def _solve(
     many of its sds.
     """
     middle = diagonal.log().reshape(-1, diagonal.shape[-1]).mean(0).exp()
+    # A matrix is at least so many times the one that preconditions, and its error at most by the root of that larger.
+    least = (diagonal / middle).amin(-1, keepdim=True).clamp(max=1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(common + torch.diag(middle)))
     x, residual = torch.zeros_like(right), right
     improved = residual @ inverse
     direction, square = improved, (residual * improved).sum(-1, keepdim=True)
     for _ in range(MOST_ITERATIONS):
-        if float(square.max()) < SOLVED**2:
+        if float((square / least).max()) < SOLVED**2:
             break
         image = direction @ common + diagonal * direction
         # A sample that is solved to the last bit has no direction left.

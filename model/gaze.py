@@ -16,6 +16,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from foveate.model.errors import InputError
+
 __all__ = [
     "CANONICAL_SIZE",
     "FlatGazePrior",
@@ -255,8 +257,11 @@ class GazePrior(TorchDistribution):
         size: ``(..., 2)`` holding (height, width) of each picture in pixels; its leading shape is the batch shape.
         typical: median patch width as a share of the shorter side.
         log_scale_sd: sd of the log-scale.
-        rotation_sd: radians.
+        rotation_sd: radians, at most π: all rotations are about as likely then.
         edge: width of the logistic edge as a share of the shorter side.
+
+    Raises:
+        InputError: `rotation_sd` is larger.
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
@@ -272,6 +277,9 @@ class GazePrior(TorchDistribution):
         edge: float = 0.05,
         validate_args: bool | None = None,
     ):
+        # The turns that `log_prob` sums over hold the mass of no wider a normal.
+        if not rotation_sd <= math.pi:
+            raise InputError(f"rotation_sd={rotation_sd}: at most π; all rotations are about as likely then")
         self.size = size
         self.typical, self.log_scale_sd, self.rotation_sd, self.edge = typical, log_scale_sd, rotation_sd, edge
         super().__init__(size.shape[:-1], torch.Size([4]), validate_args=validate_args)

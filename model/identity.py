@@ -92,7 +92,7 @@ class IdentityModel(nn.Module):
         f, person = edges(crops[pictures]), person[pictures]
         generator = torch.Generator().manual_seed(seed)
         losses = torch.zeros(len(FLOORS), len(WEIGHTS), dtype=torch.float64)
-        for held in torch.tensor(several)[torch.randperm(len(several), generator=generator)].chunk(FOLDS):
+        for held in torch.tensor(several)[torch.randperm(len(several), generator=generator)].tensor_split(FOLDS):
             out = torch.isin(person, held)
             spread = _Spread(f[~out], person[~out])
             triples = _triples(person[out], generator)

@@ -212,6 +212,8 @@ class Pyramid:
             scene = torch.arange(len(self), device=gaze.device)
         elif gaze.ndim < 2 or scene.shape[0] != gaze.shape[0]:
             raise InputError(f"{scene.shape[0]} scenes for gazes of shape {tuple(gaze.shape)}: needed is one per row")
+        elif scene.numel() and not 0 <= int(scene.min()) <= int(scene.max()) < len(self):
+            raise InputError(f"scenes {int(scene.min())} to {int(scene.max())} are asked for, there are {len(self)}")
         flat = gaze.reshape(gaze.shape[0], math.prod(gaze.shape[1:-1]), 4)
         rows = scene[:, None].expand(flat.shape[:2]).reshape(-1)
         shape = (size, size) if isinstance(size, int) else size
@@ -259,8 +261,6 @@ class Pyramid:
         """One compiled pass over all points of all gazes; a test holds it against `_extract_plain`."""
         from foveate.model.kernels import extract_patches
 
-        if scene.numel() and not 0 <= int(scene.min()) <= int(scene.max()) < len(self):
-            raise InputError(f"scenes {int(scene.min())} to {int(scene.max())} are asked for, there are {len(self)}")
         # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
         out = np.empty(
             (gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32
@@ -309,6 +309,10 @@ def extract(
         return pictures.extract(gaze, size, extent)
     columns = size if isinstance(size, int) else size[1]
     scale = gazes.parts(gaze.detach()).scale * (gazes.CANONICAL_SIZE * extent / columns)
+    # A gaze that is not finite reads nothing, and must not say what the others read.
+    scale = scale[torch.isfinite(scale)]
+    if not len(scale):
+        scale = torch.ones(1)
     # Only the levels that these gazes read. Where levels change over, those of both sides: the rounding of a scale must
     # not leave out the one that its slope needs.
     lowest, highest = _level(float(scale.min()) * (1 - 1e-6)), _level(float(scale.max()) * (1 + 1e-6))

@@ -391,3 +391,25 @@ def test_attending_happens_where_model_and_guide_live() -> None:
     assert there.gaze.shape == here.gaze.shape and bool(there.gaze.isfinite().all())
     # Windows read in float32 there, in float64 here: a hundredth of a pixel.
     torch.testing.assert_close(there.modes, here.modes, rtol=0, atol=1e-2, equal_nan=True)
+
+
+def test_pyros_own_kernels_are_given_starts_and_asked_for_energies_where_the_model_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pyro's MCMC itself makes random numbers of a device, which this one has not: it stays at its start here."""
+
+    class Staying:
+        def __init__(self, kernel: Any, num_samples: int, initial_params: dict[str, Tensor], **_: Any) -> None:
+            self.at, self.count = initial_params["z"], num_samples
+
+        def run(self) -> None:
+            pass
+
+        def get_samples(self) -> dict[str, Tensor]:
+            return {"z": self.at.expand(self.count, -1)}
+
+    monkeypatch.setattr(importlib.import_module("foveate.inference.attend"), "MCMC", Staying)
+    model, guide = toy_model().to(ELSEWHERE), GazeGuide(4).eval().to(ELSEWHERE)
+    how: dict[str, Any] = {"canonical": torch.rand(1, 24, 24), "chains": 1, "draws": 2, "warmup": 1, "guide_steps": 1}
+    posterior = attend(model, guide, [torch.rand(40, 50)], kernel="hmc", **how)
+    assert posterior.gaze.shape == (1, 1, 2, 4) and bool(posterior.statistics["lp"].isfinite().all())

@@ -416,7 +416,7 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
     assert results.keys() >= {
         "scenes", "accuracy", "mean_iou", "median_iou", "iou_by_step", "seconds_per_scene", "bound_nats",
         "bound_nats_se", "bound_gaussian", "bound_student_t", "log_z", "log_z_se", "acceptance_rate", "divergences",
-        "rhat_max", "ess_min", "seed", "versions",
+        "rhat_max", "rhat_undefined", "ess_min", "seed", "versions",
     }  # fmt: skip
     assert results["scenes"] == 3
     assert "accuracy (IoU > 0.5)" in capsys.readouterr().out

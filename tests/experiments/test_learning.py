@@ -54,6 +54,9 @@ def test_interrupted_learning_is_kept_aside_and_resumed(
     assert not out.exists()
     assert learning.working_folder(out).is_dir()
     capsys.readouterr()
+    # A line that the power went out in.
+    with (learning.working_folder(out) / "log.jsonl").open("a") as log:
+        log.write('{"seconds": 1.5, "sta')
     # It is neither thrown away nor mixed with a new beginning.
     assert main(words) == 2
     assert "go on with --resume" in capsys.readouterr().err

@@ -231,6 +231,23 @@ def test_pyros_own_kernels_draw_from_the_same_density(world: World) -> None:
         torch.testing.assert_close(posterior.statistics["lp"][0, 0].double(), expected, rtol=1e-4, atol=0.02)
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_pyros_own_kernels_give_as_few_draws_as_are_asked_for(world: World, draws: int) -> None:
+    how = SHORT | {"chains": 1, "draws": draws, "warmup": 2}
+    posterior = attend(world.model, world.guide, world.scenes[:1], start=world.start[:1], kernel="hmc", **how)
+    assert posterior.gaze.shape == (1, 1, draws, 4) and bool(posterior.gaze.isfinite().all())
+
+
+def test_scenes_of_the_same_name_have_random_numbers_of_their_own(world: World) -> None:
+    picture = world.scenes[0].picture
+    twice = Scenes.from_pictures([picture, picture, picture], ["a/1.jpg", "1.jpg", "1.jpg"])
+    gaze = attend(world.model, world.guide, twice, start=world.start[:1].expand(3, 4), batch=2, **SHORT).gaze
+    assert not torch.isclose(gaze[1], gaze[2]).all(-1).any()
+    # The first of a name draws as it does alone.
+    alone = attend(world.model, world.guide, twice[1:2], start=world.start[:1], **SHORT).gaze
+    torch.testing.assert_close(gaze[1:2], alone, rtol=0, atol=1e-6)
+
+
 def test_draws_of_a_scene_do_not_depend_on_what_shares_its_batch(world: World) -> None:
     together = attend(world.model, world.guide, world.scenes, start=world.start, **SHORT)
     alone = attend(world.model, world.guide, world.scenes, start=world.start, batch=1, **SHORT)
@@ -488,6 +505,10 @@ def test_objects_are_attended_to_one_after_the_other(
     assert bool(second[1:].isnan().all()) and bool(third.isnan().all())
     assert three.weights[1, 0] == 1 and three.presence[0] >= three.presence[1] > three.presence[2] == 0
     assert not torch.isclose(by_object[0, 0] - gaze[0], by_object[0, 1] - gaze[1]).all(-1).any()
+    # What is said of the first object does not depend on how many are looked for.
+    assert three.modes.shape == (6, *one.modes.shape[1:])
+    torch.testing.assert_close(three.presence[0], one.presence[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(three.weights[0], one.weights[0], rtol=0, atol=1e-6)
 
 
 def test_what_shares_a_third_of_its_patch_with_an_explained_object_is_taken_out() -> None:

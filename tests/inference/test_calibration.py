@@ -69,6 +69,13 @@ def test_without_any_scene_the_factor_is_one() -> None:
     assert coverage_factor(torch.ones(0)) == 1.0
 
 
+def test_a_scene_out_of_any_reach_is_farther_off_than_all_others_and_the_factor_is_finite() -> None:
+    reached = torch.cat([torch.arange(1.0, 19.0), torch.tensor([math.inf])])
+    assert coverage_factor(reached) == 18.0  # number ⌈20 · 0.9⌉ of 19, the nineteenth being out of reach
+    assert coverage_factor(torch.tensor([2.0, math.inf, math.nan])) == 2.0
+    assert coverage_factor(torch.tensor([math.inf])) == 1.0
+
+
 def test_objects_that_were_missed_do_not_widen_the_region(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor) -> None:
     """Draws half as wide as they should be, and a tenth of the scenes with the mode somewhere else."""
     base = base[:400]

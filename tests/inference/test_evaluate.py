@@ -1,13 +1,17 @@
 """Scores against known gazes: the keys of the design, what they mean, and starts that do not leave the protocol."""
 
+import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from foveate.data import Scenes
+from foveate.inference.attend import attend_batches
 from foveate.inference.checkpoint import Run
 from foveate.inference.evaluate import evaluate, jittered_starts
 from foveate.inference.guide import GazeGuide
@@ -25,7 +29,8 @@ from foveate.model.rbm import BernoulliRBM
 KEYS = {
     *("scenes", "accuracy", "mean_iou", "median_iou", "iou_by_step", "seconds_per_scene"),
     *("bound_nats", "bound_nats_se", "bound_gaussian", "bound_student_t", "log_z", "log_z_se"),
-    *("acceptance_rate", "divergences", "rhat_max", "ess_min", "presence_mean", "seed", "versions", "start"),
+    *("acceptance_rate", "divergences", "rhat_max", "rhat_undefined", "ess_min", "presence_mean", "seed", "versions"),
+    "start",
 }
 SHORT: dict[str, Any] = {"chains": 2, "draws": 8, "warmup": 4}
 
@@ -77,13 +82,31 @@ def test_figures_are_those_of_the_posterior(jittered: tuple[dict[str, Any], Post
     results, posterior = jittered
     iou = gazes.overlap(posterior.mean_gaze, scenes.gazes)
     assert results["mean_iou"] == pytest.approx(float(iou.mean()))
-    assert results["median_iou"] == pytest.approx(float(iou.median()))
+    assert results["median_iou"] == pytest.approx(float(np.median(iou.numpy())))
     assert results["accuracy"] == float((iou > 0.5).double().mean())
     assert results["acceptance_rate"] == pytest.approx(float(posterior.statistics["acceptance_rate"].mean()))
     assert results["divergences"] == int(posterior.statistics["diverging"].sum())
     assert results["rhat_max"] == pytest.approx(float(posterior.rhat().max()))
     assert results["ess_min"] == pytest.approx(float(posterior.ess().min()))
     assert results["presence_mean"] == pytest.approx(float(posterior.presence.mean()))
+
+
+def test_chains_that_stand_still_do_not_pass_for_chains_that_agree(
+    run: Run, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both chains of the first scene never move, 30 pixels apart: no R-hat, and it must be told."""
+
+    def stuck(*arguments: Any, **options: Any) -> Iterator[Posterior]:
+        for posterior in attend_batches(*arguments, **options):
+            posterior.gaze[0] = posterior.gaze[0, :1, :1]
+            posterior.gaze[0, 1, :, 2] += 30
+            yield posterior
+
+    # The package's attribute of that name is the function.
+    monkeypatch.setattr(importlib.import_module("foveate.inference.evaluate"), "attend_batches", stuck)
+    results, posterior = evaluate(run, scenes, **SHORT)
+    assert results["rhat_undefined"] == 1
+    assert results["rhat_max"] == pytest.approx(float(posterior.rhat()[1:].max()))
 
 
 def test_iou_by_step_begins_at_the_start_and_ends_with_the_mean_iou(

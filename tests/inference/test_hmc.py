@@ -567,6 +567,15 @@ def test_a_discrete_site_is_named_with_the_remedy():
     expect("'kind' is discrete.*Gibbs", model=model)
 
 
+def test_a_support_that_moves_with_another_site_is_named_with_the_remedy():
+    def model() -> None:
+        with pyro.plate("scene", 3):
+            s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(torch.zeros(3), s))
+
+    expect("support of site 'x' depends on another.*share of the range", model=model)
+
+
 def test_a_site_without_batch_dimensions_is_named():
     expect(r"'x' has shape \(\), but batch_dims=1", model=lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
 

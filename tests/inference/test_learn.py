@@ -20,6 +20,7 @@ from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.fit import coarse_pyramid, fit, fit_clutter
 from foveate.inference.guide import GazeGuide
 from foveate.inference.learn import Monitor, learn
+from foveate.inference.noise import stream_keys
 from foveate.inference.potential import GazePotential
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -369,6 +370,14 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path:
         learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True, seed=1)
     with pytest.raises(InputError, match="scenes, names"):
         learn(small_run(), soft_scenes(31), checkpoint=folder, resume=True)
+    with pytest.raises(InputError, match=r"another one \(names, pictures differ\)"):
+        learn(small_run(), soft_scenes(30)[::-1], checkpoint=folder, resume=True)
+    with pytest.raises(InputError, match=r"another one \(clutter differ\)"):
+        learn(small_run(), soft_scenes(30), soft_scenes(3), checkpoint=folder, resume=True)
+    warmer = small_run()
+    warmer.model.temperature *= 2
+    with pytest.raises(InputError, match=r"another one \(start_settings differ\)"):
+        learn(warmer, soft_scenes(30), checkpoint=folder, resume=True)
     # A start that differs in its model alone.
     other = small_run()
     other.model.dbn.core.mean += 0.1
@@ -442,7 +451,7 @@ def test_an_m_step_reads_scenes_until_its_memory_is_full(tmp_path: Path, monkeyp
 def test_chains_go_on_where_they_ended_if_the_mode_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
     run, scenes = small_run(), soft_scenes(6)
     pictures, names = scenes.pictures(), list(scenes.names)
-    before = learning._attended(run, pictures, names, None, 0)
+    before = learning._attended(run, pictures, stream_keys(names), None, 0)
     other = {name: value.clone() for name, value in before.items()}
     # In the last three scenes the object was elsewhere, in the others where the search still finds it.
     other["gaze"] = quick_search(run.model, run.guide, Pyramid.build(pictures)).gaze[:, 0].clone()
@@ -455,7 +464,7 @@ def test_chains_go_on_where_they_ended_if_the_mode_is_still_there(monkeypatch: p
         return sample(potential, z, **options)
 
     monkeypatch.setattr(learning, "sample_batch", watched)
-    learning._attended(run, pictures, names, other, 1)
+    learning._attended(run, pictures, stream_keys(names), other, 1)
     ended = before["draws"][:, :, -1]
     same = torch.isclose(starts[0], ended, atol=1e-6).all(-1).all(-1)
     assert same.tolist() == [True] * 3 + [False] * 3
@@ -463,8 +472,8 @@ def test_chains_go_on_where_they_ended_if_the_mode_is_still_there(monkeypatch: p
 
 def test_what_a_part_holds_does_not_depend_on_what_else_is_in_it() -> None:
     run, scenes = small_run(), soft_scenes(4)
-    together = learning._attended(run, scenes.pictures(), list(scenes.names), None, 0)
-    alone = learning._attended(run, scenes.pictures([2]), [scenes.names[2]], None, 0)
+    together = learning._attended(run, scenes.pictures(), stream_keys(scenes.names), None, 0)
+    alone = learning._attended(run, scenes.pictures([2]), stream_keys([scenes.names[2]]), None, 0)
     # Float32 sums in another order; the gaze is a mean over chains that magnify rounding.
     assert torch.allclose(together["gaze"][2], alone["gaze"][0], atol=0.05)
     assert torch.allclose(together["presence"][2], alone["presence"][0], atol=1e-4)

@@ -170,6 +170,12 @@ def test_folds_and_validation_do_not_share_people() -> None:
     assert len(fold.unique()) == 5
 
 
+def test_pictures_of_one_person_alone_can_be_learned_from_in_a_single_step() -> None:
+    one_person = torch.zeros(24, dtype=torch.int64)
+    net = train_dbn(synthetic_crops(24, 2, 7), people=one_person, steps=1, seed=0)
+    assert bool(torch.isfinite(net.log_prob_bound(density_coordinates(synthetic_crops(5, 1, 8)[:, 0]))).all())
+
+
 def test_crops_that_cannot_be_learned_from_are_refused() -> None:
     with pytest.raises(InputError, match="at least 10"):
         train_dbn(torch.rand(4, 1, 24, 24))

@@ -12,6 +12,7 @@ from scipy import integrate, stats
 from torch import Tensor
 
 from foveate.model import gaze as gazes
+from foveate.model.errors import InputError
 
 # Laws of the algebra hold to a few roundings of float64, relative to the largest number in the chain.
 ROUNDING = 1e-11
@@ -366,6 +367,20 @@ def test_log_scale_is_normal_and_rotation_a_wrapped_normal() -> None:
     for angle in (-3.0, -1.0, 0.5, 2.9):
         # Turns beyond the second of a sd of 1.2 weigh below exp(-17).
         assert of_angle(angle) - of_angle(0.0) == pytest.approx(wrapped(angle) - wrapped(0.0), abs=1e-6)
+
+
+def test_a_rotation_wider_than_a_half_turn_is_refused() -> None:
+    size = torch.tensor([60.0, 80.0], dtype=torch.float64)
+    with pytest.raises(InputError, match="at most π"):
+        gazes.GazePrior(size, rotation_sd=3.2)
+    # The widest that is taken still integrates to one over the angle, by the rule of 720 points (exact to rounding).
+    angle = torch.arange(720, dtype=torch.float64) * math.tau / 720
+    log_prob = {}
+    for sd in (0.25, math.pi):
+        prior = gazes.GazePrior(size, rotation_sd=sd)
+        at = gazes.from_parts(torch.tensor([40.0, 30.0]).double().expand(720, 2), torch.ones(720).double(), angle)
+        log_prob[sd] = prior.log_prob(at).exp().sum()
+    assert float(log_prob[math.pi] / log_prob[0.25]) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_samples_of_the_prior_have_its_density() -> None:

@@ -70,6 +70,12 @@ def test_too_few_people_teach_nothing() -> None:
     assert IdentityModel.fit(crops[:1].expand(len(single), -1, -1, -1), single) is None
 
 
+@pytest.mark.parametrize("people", range(FEWEST_PEOPLE, FEWEST_PEOPLE + 6))
+def test_any_number_of_people_leaves_two_or_more_in_every_fold(people: int) -> None:
+    model = IdentityModel.fit(*faces(people, 2, seed=0))
+    assert model is not None and bool(torch.isfinite(model.between).all())
+
+
 def test_lighting_leaves_the_coordinates_as_they_are() -> None:
     model = IdentityModel.fit(*faces(8, 3, seed=0))
     assert model is not None

@@ -1,6 +1,7 @@
 """Extraction against its definition in SciPy and against kornia, its slopes against differences."""
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -415,6 +416,9 @@ def test_gazes_that_do_not_fit_the_scenes_are_refused() -> None:
         pyramid.extract(torch.rand(3, 4), scene=torch.tensor([0, 1]))
     with pytest.raises(InputError, match="scenes 0 to 4 are asked for, there are 4"):
         pyramid.extract(torch.rand(2, 4), scene=torch.tensor([0, 4]))
+    # Where autograd reads, too, which would count from the end.
+    with pytest.raises(InputError, match="scenes -1 to -1 are asked for, there are 4"):
+        pyramid.extract(torch.rand(1, 4).requires_grad_(), scene=torch.tensor([-1]))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -428,6 +432,16 @@ def test_a_gaze_that_is_not_finite_sees_nothing_and_reads_no_foreign_memory(
         at[0, coordinate] = number
         patches = pyramid.extract(at.requires_grad_(differentiable)).detach()
         assert patches[0].isnan().all() and patches[1].isfinite().all()
+
+
+def test_an_unknown_gaze_does_not_change_what_the_others_see() -> None:
+    picture = pictures()[0]
+    wide = torch.tensor([[4.0, 0.0, 20.0, 20.0]], dtype=torch.float64)
+    alone = extract(picture, wide)
+    beside = extract(picture, torch.cat([wide, torch.full((1, 4), math.nan, dtype=torch.float64)]))
+    assert torch.equal(beside[:1], alone) and bool(beside[1].isnan().all())
+    assert bool(extract(picture, torch.full((1, 4), math.nan)).isnan().all())
+    assert extract([picture], torch.empty(1, 0, 4)).shape == (1, 0, 24, 24)
 
 
 # ---- density coordinates
