@@ -1,13 +1,17 @@
 """Attending: from pictures to posteriors over the gaze, by a glance, a few looks, and HMC within the modes found."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
 from jaxtyping import Bool, Float, Int
 from pyro.infer import HMC, MCMC, NUTS
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
@@ -20,7 +24,7 @@ from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior, picture_hash
 from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PersonRatio
 from foveate.model import gaze as gazes
-from foveate.model.attention import AttentionModel
+from foveate.model.attention import OUTSIDE, AttentionModel, as_picture
 from foveate.model.errors import InputError
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
 from foveate.model.threads import in_parallel
@@ -55,8 +59,6 @@ REACH, GLANCES = 4.0, 24
 PEOPLE = 8
 # Share of the smaller of two patches from which on an explained object explains the other, too.
 EXPLAINED = 0.3
-# Grey levels may lie so far outside [0, 1]: what interpolation overshoots is no picture of another scale.
-OUTSIDE = 0.2
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
 SMALLEST = 0.07
 
@@ -335,9 +337,15 @@ def attend_batches(
     progress: bool = False,
 ) -> Iterator[Posterior]:
     """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
+    if isinstance(pictures, str | os.PathLike) or not hasattr(pictures, "__len__"):
+        raise InputError(
+            f"pictures is a {type(pictures).__name__}: needed is a list of arrays or tensors, or Scenes; files are "
+            "read by foveate.data.UnlabelledScenes.from_files"
+        )
+    start, canonical = _floats(start, "start"), _floats(canonical, "canonical")
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
-    _check(count, numbers | {"batch": batch, "max_objects": max_objects}, start, canonical, kernel)
+    _check(count, numbers | {"batch": batch, "max_objects": max_objects}, seed, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     keys = stream_keys(names)
     guide.eval()
@@ -351,13 +359,20 @@ def attend_batches(
         "seed": seed,
         "guide_prior": float(guide.prior_weight),
         "start": "scene" if start is None else "given",
+        "canonical": "free" if canonical is None else "given",
+        "modes": modes,
         "max_objects": max_objects,
+        "noise": float(model.noise),
+        "temperature": float(model.temperature),
+        "gaze_prior": {"kind": model.gaze_prior, **model.prior_options},
     }
 
     def attended(rows: range) -> Posterior:
         pyramid, hashes = _read(pictures, rows, device)
         part = slice(rows.start, rows.stop)
         v = None if canonical is None else canonical[part].to(device)
+        if start is not None:
+            _check_reach(start[part], pyramid.size.cpu(), names[part])
         found = search(
             model,
             guide,
@@ -528,6 +543,17 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
     return OddsScore(CanonicalDensity(density_coordinates(canonical), model.noise), dense_clutter, model.temperature)
 
 
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """The global generators of random numbers are afterwards as they were."""
+    before = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
+@_generators_kept()
 def _stock(
     potential_of: Callable[[slice], GazePotential], z0: Tensor, settings: dict[str, Any], streams: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -671,13 +697,41 @@ def _best_first(found: Candidates, modes: int) -> Candidates:
     return Candidates(*(values[rows, order] for values in found))
 
 
-def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kernel: str) -> None:
+def _floats(value: Any, name: str) -> Tensor | None:
+    """What was given beside the pictures, as a floating tensor; 8-bit images in [0, 1]."""
+    if value is None:
+        return None
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} is a {type(value).__name__}: give an array or tensor of numbers") from None
+    if tensor.dtype == torch.uint8 and name == "canonical":
+        return tensor.float() / 255
+    return tensor if tensor.is_floating_point() else tensor.double()
+
+
+def _check_reach(start: Float[Tensor, "scene 4"], size: Int[Tensor, "scene 2"], names: list[str]) -> None:
+    """A start from where a picture is out of sight would be searched from in vain."""
+    centre, scale, _ = gazes.parts(start.detach().cpu().double())
+    width = gazes.CANONICAL_SIZE * scale
+    beyond = torch.maximum(-0.5 - centre, centre - (size.flip(-1) - 0.5)).amax(-1)
+    for i in ((beyond > REACH * width) | (width > REACH * size.amax(-1))).nonzero().flatten().tolist():
+        height, across = size[i].tolist()
+        raise InputError(
+            f"start of {names[i]}: a square {float(width[i]):.4g} pixels wide about ({float(centre[i, 0]):.4g}, "
+            f"{float(centre[i, 1]):.4g}) is nowhere near the picture of {height}×{across} (height × width) pixels"
+        )
+
+
+def _check(count: int, numbers: dict[str, Any], seed: Any, start: Any, canonical: Any, kernel: str) -> None:
     if count == 0:
         raise InputError("no pictures to attend to: give at least one")
     for name, number in numbers.items():
         least = 0 if name in ("warmup", "guide_steps") else 1
-        if number < least:
-            raise InputError(f"{name}={number}: at least {least} is needed")
+        if not isinstance(number, Integral) or number < least:
+            raise InputError(f"{name}={number}: a whole number of at least {least} is needed")
+    if not isinstance(seed, Integral):
+        raise InputError(f"seed={seed!r}: a whole number is needed")
     if kernel not in ("batched", "hmc", "nuts"):
         raise InputError(f"kernel={kernel!r}: one of 'batched', 'hmc', 'nuts'")
     if start is not None and numbers["max_objects"] > 1:
@@ -692,8 +746,8 @@ def _check(count: int, numbers: dict[str, int], start: Any, canonical: Any, kern
         raise InputError(
             f"canonical has shape {tuple(canonical.shape)}: needed is one image a picture, ({count}, 24, 24)"
         )
-    if canonical is not None and not bool(torch.isfinite(canonical).all()):
-        raise InputError("canonical holds values that are not finite: give images in [0, 1]")
+    if canonical is not None and not bool(((canonical >= -OUTSIDE) & (canonical <= 1 + OUTSIDE)).all()):
+        raise InputError("canonical holds values that are not finite or outside [0, 1]: give grey levels in [0, 1]")
 
 
 def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, list[str]]:
@@ -703,25 +757,7 @@ def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, li
     """
     parts, hashes = [], []
     for i in rows:
-        picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else _picture(pictures[i], i)
+        picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else as_picture(pictures[i], i)
         hashes.append(picture_hash(picture))
         parts.append(Pyramid.build([picture.to(device)], oversampling=2.0, smallest=SMALLEST))
     return Pyramid.concatenate(parts), hashes
-
-
-def _picture(picture: Any, index: int) -> Tensor:
-    tensor = torch.as_tensor(picture)
-    if tensor.ndim != 2 or min(tensor.shape) < 2:
-        raise InputError(
-            f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]"
-        )
-    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
-    if not bool(torch.isfinite(tensor).all()):
-        raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")
-    low, high = float(tensor.min()), float(tensor.max())
-    if low < -OUTSIDE or high > 1 + OUTSIDE:
-        raise InputError(
-            f"picture {index} has values from {low:.4g} to {high:.4g}: scale them to [0, 1] "
-            "(8-bit values: divide by 255)"
-        )
-    return tensor

@@ -148,8 +148,13 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to instead of `path`: moved there when the block ends, removed when it fails.
 
     Parent folders are made.
+
+    Raises:
+        InputError: `path` is a folder.
     """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise InputError(f"{path}: is a folder; name a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: some writers choose their format by it.
     partial = target.with_name(f".{uuid.uuid4().hex}.partial{target.suffix}")

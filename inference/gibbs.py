@@ -236,19 +236,22 @@ def attention_kernel(
 
     Args:
         model: the full model (``latent="full"``).
-        pictures: what the model will be run on.
+        pictures: what the model will be run on; `run` refuses others.
         hidden_update: ``"exact"`` leaves the posterior invariant; ``"recognition"`` is the paper's update from the
             factorial recognition posterior (sec. 3.1), fast and biased by as much as that posterior is wrong.
         options: of :class:`HMCWithinGibbs` and :class:`BatchedHMC`.
 
     Raises:
-        InputError: a model that is not the full one.
+        InputError: a model that is not the full one, or an unknown `hidden_update`.
     """
+    if hidden_update not in ("exact", "recognition"):
+        raise InputError(f"hidden_update={hidden_update!r}: 'exact' or 'recognition'")
     if model.latent != "full":
         raise InputError(
             f"a model with latent='{model.latent}' has no site 'hidden' to draw: use model.with_latent('full')"
         )
-    pyramid = as_pyramid(pictures)
+    dtype = model.dbn.core.mean.dtype
+    pyramid = as_pyramid(pictures, dtype)
     # A temperature on the odds is a temperature on the likelihood, which widens its normal density.
     noise = model.noise * model.temperature**0.5
 
@@ -260,4 +263,14 @@ def attention_kernel(
             seen = density_coordinates(pyramid.extract(values["gaze"]))
         return model.dbn.gibbs_canonical(seen, noise, values["canonical"], values["hidden"], random.generator)
 
-    return HMCWithinGibbs(model, updates={"hidden": hidden, "canonical": canonical}, **options)
+    same: list[Any] = [pyramid, pictures]
+
+    def program(given: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(given is known for known in same):
+            seen = as_pyramid(given, dtype).texels
+            if not (seen.shape == pyramid.texels.shape and seen.equal(pyramid.texels)):
+                raise InputError("the kernel was made for other pictures than it is run on: make one for each set")
+            same.append(given)
+        return model(pyramid, *args, **kwargs)
+
+    return HMCWithinGibbs(program, updates={"hidden": hidden, "canonical": canonical}, **options)

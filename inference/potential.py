@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from foveate.model.density import EllipticalDensity
@@ -286,7 +287,9 @@ class GazePotential:
         pyramid: the scenes, of any sizes; each gaze reads its own two levels.
         chart: coordinates of gazes; its base broadcasts against the batch.
         score: energy of the patch.
-        prior: the prior over gazes, whose settings are used with the pyramid's own sizes; ``None`` leaves it out.
+        prior: the prior over gazes; of the two that `foveate` brings the settings are used with the pyramid's own
+            sizes. Any other distribution has a batch of the scenes, and is scored by autograd beside the compiled
+            loops, slower. ``None`` leaves it out.
         belief: precisions of a normal density of the coordinates about 0, a guide's ``p(u | I)`` used as a prior; it
             broadcasts against the batch. ``None`` leaves it out.
 
@@ -298,10 +301,12 @@ class GazePotential:
         pyramid: Pyramid,
         chart: LocalChart,
         score: PatchScore,
-        prior: GazePrior | FlatGazePrior | None = None,
+        prior: TorchDistributionMixin | None = None,
         belief: Float[Tensor, "*batch 4"] | None = None,
     ) -> None:
         self.pyramid, self.chart, self.score, self.prior, self.belief = pyramid, chart, score, prior, belief
+        # A subclass may have another density.
+        self._compiles_prior = prior is None or type(prior) in (GazePrior, FlatGazePrior)
         self._tables: dict[tuple[int, ...], _Tables] = {}
 
     def energy(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
@@ -310,10 +315,18 @@ class GazePotential:
         total = self.score.energy(self.pyramid.extract(gaze)) - self.chart.log_det(z)
         if self.belief is not None:
             total = total + 0.5 * (self.belief * z * z).sum(-1)
-        if self.prior is None:
-            return total
-        size = self.pyramid.size.to(z.dtype).reshape(-1, *[1] * (z.ndim - 2), 2)
-        return total - _with_size(self.prior, size).log_prob(gaze)
+        return total if self.prior is None else total - self._log_prior(gaze)
+
+    def _log_prior(self, gaze: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
+        assert self.prior is not None
+        if isinstance(self.prior, GazePrior | FlatGazePrior) and self._compiles_prior:
+            size = self.pyramid.size.to(gaze.dtype).reshape(-1, *[1] * (gaze.ndim - 2), 2)
+            return _with_size(self.prior, size).log_prob(gaze)
+        # Its batch is the scenes: they must come last to broadcast. What lies outside its support, as the end of a
+        # trajectory that diverged, is not shown to a distribution that may refuse it.
+        within = self.prior.support.check(gaze.movedim(0, -2)).movedim(-1, 0)
+        shown = torch.where(within[..., None], gaze, self.chart.base.to(gaze))
+        return torch.where(within, self.prior.log_prob(shown.movedim(0, -2)).movedim(-1, 0), -math.inf)
 
     def __call__(
         self, z: Float[Tensor, "scene *chain 4"]
@@ -332,12 +345,22 @@ class GazePotential:
             share(_kernels().quadratic_energy, len(flat), *tables.arrays, *targets, flat, energy, gradient, least=LEAST)
         else:
             energy, gradient = self._two_passes(tables, flat, len(flat))
-        return torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
+        here, slope = torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
+        if self._compiles_prior:
+            return here, slope
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            of_prior = -self._log_prior(self.chart.to_gaze(z))
+            (pull,) = torch.autograd.grad(of_prior.sum(), z)
+        return here + of_prior.detach().to(here), slope + pull
 
     @property
     def trajectory(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None:
-        """Whole leapfrog trajectories, as :class:`BatchedHMC` takes them; ``None`` for scenes not on the CPU."""
-        return self._trajectory if self.pyramid.texels.device.type == "cpu" else None
+        """Whole leapfrog trajectories, as :class:`BatchedHMC` takes them.
+
+        ``None`` for scenes not on the CPU and for priors that are not compiled.
+        """
+        return self._trajectory if self._compiles_prior and self.pyramid.texels.device.type == "cpu" else None
 
     def _trajectory(
         self, z: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, steps: int | Tensor
@@ -444,9 +467,9 @@ class _Tables(NamedTuple):
         if len(shape) < 2 or shape[0] != len(pyramid) or shape[-1] != 4:
             raise InputError(f"chart coordinates of shape {shape} for {len(pyramid)} scenes: needed is (scene, ..., 4)")
         settings: tuple[float, ...] = ()
-        if isinstance(prior, GazePrior):
+        if type(prior) is GazePrior:
             settings = (prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge)
-        elif prior is not None:
+        elif type(prior) is FlatGazePrior:
             settings = (prior.largest,)
         lattice_points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
         texels = (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)

@@ -9,6 +9,7 @@ latents and is left out. With ``clutter=None`` the denominator is left out too: 
 prefers blank walls to faces.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
@@ -32,7 +33,10 @@ from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates
 
-__all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_pyramid"]
+__all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_picture", "as_pyramid"]
+
+# Grey levels may lie so far outside [0, 1]: what interpolation overshoots is no picture of another scale.
+OUTSIDE = 0.2
 
 LATENTS = ("full", "given_hidden", "collapsed")
 # The priors over gazes and the options of each.
@@ -50,15 +54,57 @@ class _HasPictures(Protocol):
 Pictures = Pyramid | Sequence[Tensor] | Tensor | _HasPictures
 
 
-def as_pyramid(pictures: Any) -> Pyramid:
-    """Packed pyramids of whatever names pictures: a `Pyramid` as it is, a list of tensors, a `Scenes`."""
+def as_pyramid(pictures: Any, dtype: torch.dtype = torch.float32) -> Pyramid:
+    """Packed pyramids of whatever names pictures: a `Pyramid` as it is, a list of arrays or tensors, a `Scenes`.
+
+    Args:
+        pictures: see `as_picture` for those of a list.
+        dtype: of the texels, where they are built here.
+
+    Raises:
+        InputError: one picture where a list is needed, or see `as_picture`.
+    """
     if isinstance(pictures, Pyramid):
         return pictures
-    if isinstance(pictures, Tensor) and pictures.ndim == 2:
+    if getattr(pictures, "ndim", None) == 2:
         raise InputError("one picture was given where a list of pictures is needed: write [picture]")
     if hasattr(pictures, "pictures"):
-        return Pyramid.build(cast(_HasPictures, pictures).pictures())
-    return Pyramid.build([torch.as_tensor(p) for p in pictures])
+        pictures = cast(_HasPictures, pictures).pictures()
+    return Pyramid.build([as_picture(picture, i, dtype) for i, picture in enumerate(pictures)])
+
+
+def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "height width"]:
+    """A picture as a tensor of grey levels in [0, 1].
+
+    Args:
+        picture: array or tensor ``(height, width)``, floating in [0, 1] or uint8.
+        index: what number it has in an error.
+        dtype: of the tensor.
+
+    Raises:
+        InputError: no array, another shape, values that are not finite or of another scale; the message says which.
+    """
+    try:
+        tensor = torch.as_tensor(picture)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"picture {index} is a {type(picture).__name__}: needed is an array or tensor (height, width); files are "
+            "read by foveate.data.UnlabelledScenes.from_files"
+        ) from None
+    if tensor.ndim != 2 or min(tensor.shape) < 2:
+        raise InputError(
+            f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]"
+        )
+    tensor = tensor.to(dtype) / 255 if tensor.dtype == torch.uint8 else tensor.to(dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")
+    low, high = float(tensor.min()), float(tensor.max())
+    if low < -OUTSIDE or high > 1 + OUTSIDE:
+        raise InputError(
+            f"picture {index} has values from {low:.4g} to {high:.4g}: scale them to [0, 1] "
+            "(8-bit values: divide by 255)"
+        )
+    return tensor
 
 
 class SceneLikelihood(TorchDistribution):
@@ -121,7 +167,8 @@ class AttentionModel(PyroModule):
 
     Args:
         dbn: prior over canonical images, in density coordinates.
-        clutter: density of patches that are not the object; None for the paper's likelihood.
+        clutter: density of patches that are not the object, whose `density` is read, seen through the noise; None for
+            the paper's likelihood.
         noise: σ of the likelihood, in normalised intensities.
         temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
@@ -160,8 +207,19 @@ class AttentionModel(PyroModule):
         if gaze_prior not in PRIORS:
             raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
         for name, number in (("noise", noise), ("temperature", temperature)):
+            if not isinstance(number, int | float):
+                raise InputError(f"{name} is a {type(number).__name__}: a positive number is needed")
             if not (number > 0 and math.isfinite(number)):
                 raise InputError(f"{name}={number}: a positive number is needed")
+        if clutter is not None and (
+            not isinstance(clutter, ClutterModel)
+            or type(clutter).log_prob is not ClutterModel.log_prob
+            or not isinstance(clutter.density, EllipticalDensity)
+        ):
+            raise InputError(
+                f"clutter is a {type(clutter).__name__}: the model reads its `density`, an EllipticalDensity, and no "
+                "log_prob of its own; give ClutterModel(density)"
+            )
         self.dbn = dbn
         self.clutter = clutter
         self.identity = identity
@@ -187,19 +245,14 @@ class AttentionModel(PyroModule):
         }
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
-        """The same model (shared parameters) as another of its densities."""
-        other = AttentionModel(
-            self.dbn,
-            self.clutter,
-            noise=self.noise,
-            temperature=self.temperature,
-            gaze_prior=cast(Literal["proper", "flat"], self.gaze_prior),
-            prior_options=self.prior_options,
-            identity=self.identity,
-            edges=self.edges,
-            latent=latent,
-        )
-        other.baselines = self.baselines
+        """The same model (shared parameters, and the same subclass) as another of its densities."""
+        if latent not in LATENTS:
+            raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
+        other = copy.copy(self)
+        # Parts are shared, but putting another one in place changes one model alone.
+        for name in ("_parameters", "_buffers", "_modules"):
+            object.__setattr__(other, name, dict(getattr(self, name)))
+        other.latent, other.prior_options = latent, dict(self.prior_options)
         return other
 
     def prior(self, size: Tensor) -> gazes.GazePrior | gazes.FlatGazePrior:
@@ -219,7 +272,8 @@ class AttentionModel(PyroModule):
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"prior_options: {name}={value}: a positive number is needed")
         options: dict[str, Any] = self.prior_options
-        return kind(size, **options)
+        # Sizes in pixels are integers in a `Pyramid`.
+        return kind(size if size.is_floating_point() else size.to(torch.get_default_dtype()), **options)
 
     def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:
         """Object and clutter densities of y in the collapsed form, both seen through the noise."""
@@ -243,9 +297,15 @@ class AttentionModel(PyroModule):
 
         Args:
             pictures: see the class.
-            hidden: ``(scene, N)`` states of h1, for ``latent="given_hidden"`` only.
+            hidden: ``(scene, N)`` states of h1, 0 or 1, for ``latent="given_hidden"`` only.
+
+        Raises:
+            InputError: pictures that are none (`as_picture`), or `hidden` of another shape, with other values, or given
+                to a model that draws it or has none.
         """
-        pyramid = as_pyramid(pictures)
+        pyramid = as_pyramid(pictures, self.dbn.core.mean.dtype)
+        if hidden is not None:
+            hidden = self._states(hidden, len(pyramid))
         size = pyramid.size.to(pyramid.texels.dtype)
         with pyro.plate("scene", len(pyramid), dim=-1):
             gaze = cast(Tensor, pyro.sample("gaze", self.prior(size)))
@@ -264,6 +324,17 @@ class AttentionModel(PyroModule):
                 law = SceneLikelihood(seen, clutter, self.temperature, seen.batch_shape)
             pyro.sample("patch", law, obs=density_coordinates(_patches(pyramid, gaze)))
         return gaze
+
+    def _states(self, hidden: Tensor, scenes: int) -> Tensor:
+        """States of h1 in the model's dtype."""
+        if self.latent != "given_hidden":
+            raise InputError(f"hidden is given to a model with latent='{self.latent}': use with_latent('given_hidden')")
+        units = self.dbn.layer.hidden
+        if tuple(hidden.shape) != (scenes, units) or not bool(((hidden == 0) | (hidden == 1)).all()):
+            raise InputError(
+                f"hidden has shape {tuple(hidden.shape)}: needed are states 0 or 1 of shape ({scenes}, {units})"
+            )
+        return hidden.to(self.dbn.core.mean)
 
     def _collapsed(self, batch_shape: torch.Size) -> SceneLikelihood:
         dense_object, dense_clutter = self.marginal_densities()

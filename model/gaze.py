@@ -8,7 +8,7 @@ sqrt(a² + b²)`` is in scene pixels per canonical pixel, rotation ``atan2(b, a)
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -285,8 +285,7 @@ class GazePrior(TorchDistribution):
         super().__init__(size.shape[:-1], torch.Size([4]), validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "GazePrior":
-        size = self.size.expand(*batch_shape, 2)
-        return GazePrior(size, self.typical, self.log_scale_sd, self.rotation_sd, self.edge)
+        return _expanded(self, GazePrior, batch_shape, _instance)
 
     def _shorter(self) -> Tensor:
         return self.size.amin(-1)
@@ -357,7 +356,7 @@ class FlatGazePrior(TorchDistribution):
         return constraints.independent(constraints.interval(low, high), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "FlatGazePrior":
-        return FlatGazePrior(self.size.expand(*batch_shape, 2), self.largest)
+        return _expanded(self, FlatGazePrior, batch_shape, _instance)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         with torch.no_grad():
@@ -370,3 +369,16 @@ class FlatGazePrior(TorchDistribution):
         within = ((value >= low) & (value <= high)).all(-1)
         log_volume = torch.log(high - low).sum(-1)
         return torch.where(within, -log_volume, torch.full_like(log_volume, -math.inf))
+
+
+_Prior = TypeVar("_Prior", GazePrior, FlatGazePrior)
+
+
+def _expanded(prior: _Prior, kind: type[_Prior], batch_shape: Sequence[int], instance: object) -> _Prior:
+    """A prior for more scenes, of its own subclass; one with an ``__init__`` of its own needs an `expand`, too."""
+    new = cast(_Prior, prior._get_checked_instance(kind, instance))
+    new.__dict__.update(prior.__dict__)
+    new.size = prior.size.expand(*batch_shape, 2)
+    TorchDistribution.__init__(new, torch.Size(batch_shape), torch.Size([4]), validate_args=False)
+    new._validate_args = prior._validate_args
+    return new

@@ -204,6 +204,8 @@ class Pyramid:
 
         Convention: as the module. Values and dtype follow the texels. A gaze that is not finite sees NaNs.
         """
+        if gaze.shape[-1:] != (4,):
+            raise InputError(f"gazes of shape {tuple(gaze.shape)}: needed is (a, b, tx, ty) last")
         if scene is None:
             if gaze.ndim < 2 or gaze.shape[0] != len(self):
                 raise InputError(

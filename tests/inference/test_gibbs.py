@@ -1,5 +1,6 @@
 """HMC within Gibbs: exact on a small model, under Pyro's MCMC, keyed by element, and its refusals."""
 
+import inspect
 import math
 from typing import Any
 
@@ -157,6 +158,10 @@ def test_the_attention_model_runs_with_hidden_and_canonical_by_gibbs_and_the_gaz
     assert samples["canonical"].std() < 1.0
     with pytest.raises(InputError, match="no site 'hidden'"):
         attention_kernel(model.with_latent("collapsed"), pictures)
+    with pytest.raises(InputError, match="hidden_update='guess'"):
+        inspect.unwrap(attention_kernel)(model, pictures, hidden_update="guess")
+    with pytest.raises(InputError, match="made for other pictures"):
+        mcmc.run([1 - p for p in pictures])
 
 
 def test_bad_arguments_are_refused():

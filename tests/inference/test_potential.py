@@ -6,6 +6,7 @@ import arviz
 import numpy as np
 import pytest
 import torch
+from pyro.distributions import Normal
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from foveate.model import gaze as gazes
 from foveate.model.density import EllipticalDensity
 from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
-from foveate.model.gaze import FlatGazePrior, GazePrior, LocalChart
+from foveate.model.gaze import FlatGazePrior, GazePrior, LocalChart, parts
 from foveate.model.patch import Pyramid
 
 SIZES = [(60, 90), (128, 70), (41, 200)]
@@ -117,6 +118,37 @@ def test_energy_and_gradient_equal_the_definition_and_autograd(name, prior):
     # Rounding of 576 terms in double precision, relative to the largest number involved.
     assert torch.allclose(energy[inside], expected[inside], rtol=1e-10, atol=1e-10)
     assert torch.allclose(gradient[inside], slope[inside], rtol=1e-10, atol=1e-10 * float(slope[inside].abs().max()))
+
+
+class Upright(GazePrior):
+    """Another density than that of the class it derives from."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) - 40 * parts(value).rotation.square()
+
+
+@pytest.mark.parametrize("kind", ["subclass", "of another family"])
+def test_any_other_prior_is_scored_as_it_is(kind):
+    function, z = potential("odds"), coordinates()
+    size = function.pyramid.size.double()
+    middle = torch.cat([torch.tensor([[1.0, 0.0]]).double().expand(3, 2), 0.5 * size.flip(-1)], -1)
+    prior = Upright(size, 0.4) if kind == "subclass" else Normal(middle, 3.0).to_event(1)
+
+    def log_prior(gaze: Tensor) -> Tensor:
+        if kind == "subclass":
+            return Upright(size[:, None], 0.4).log_prob(gaze)
+        return torch.distributions.Normal(middle[:, None], 3.0).log_prob(gaze).sum(-1)
+
+    other = GazePotential(function.pyramid, function.chart, function.score, prior)
+    without = GazePotential(function.pyramid, function.chart, function.score)
+    energy, gradient = other(z)
+    gaze = function.chart.to_gaze(z)
+    torch.testing.assert_close(energy, without(z)[0] - log_prior(gaze), rtol=1e-10, atol=1e-8)
+    expected, slope = differentiated(other, z)
+    torch.testing.assert_close(energy, expected, rtol=1e-10, atol=1e-8)
+    torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-9 * float(slope.abs().max()))
+    # HMC takes its own leapfrog then: the compiled one knows no such prior.
+    assert other.trajectory is None and function.trajectory is not None
 
 
 @pytest.mark.parametrize("name", [name for name, score in scores().items() if isinstance(score, OddsScore)])

@@ -1,5 +1,6 @@
 """The Pyro program: its sites and densities, Pyro's own tools on it, and why a scene is scored by odds."""
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -429,6 +430,70 @@ def test_another_latent_shares_all_parameters(toy: Toy) -> None:
         assert one is same
 
 
+class Tilted(AttentionModel):
+    """A model with a prior of its own."""
+
+    def prior(self, size: torch.Tensor) -> gazes.GazePrior:
+        return gazes.GazePrior(size, typical=0.02, log_scale_sd=0.01)
+
+
+def test_a_changed_model_stays_changed_in_its_other_densities(toy: Toy) -> None:
+    model = Tilted(toy.model.dbn, toy.model.clutter, noise=NOISE)
+    other = model.with_latent("collapsed")
+    assert isinstance(other, Tilted) and other.latent == "collapsed" and model.latent == "full"
+    assert other.prior(torch.ones(2)).typical == 0.02
+    other.clutter = None
+    assert model.clutter is toy.model.clutter
+    with pytest.raises(InputError, match="latent='all'"):
+        inspect.unwrap(AttentionModel.with_latent)(model, "all")
+
+
+def test_a_prior_of_another_class_is_the_one_that_the_program_scores(toy: Toy) -> None:
+    class Upright(gazes.GazePrior):
+        def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+            return super().log_prob(value) - 1e3 * gazes.parts(value).rotation.square()
+
+    class Changed(AttentionModel):
+        def prior(self, size: torch.Tensor) -> gazes.GazePrior:
+            return Upright(size)
+
+    trace = traced(Changed(toy.model.dbn, toy.model.clutter, latent="collapsed"), toy.pictures)
+    site = trace.nodes["gaze"]
+    assert isinstance(site["fn"], Upright)
+    trace.compute_log_prob()
+    size = torch.stack([torch.tensor(p.shape) for p in toy.pictures]).float()
+    torch.testing.assert_close(site["log_prob"], Upright(size).log_prob(site["value"]))
+
+
+def test_hidden_states_that_do_not_fit_are_refused(toy: Toy) -> None:
+    model, units = toy.model.with_latent("given_hidden"), toy.model.dbn.layer.hidden
+    assert (
+        traced(model, toy.pictures, torch.ones(2, units, dtype=torch.bool)).nodes["hidden"]["value"].dtype
+        == torch.float32
+    )
+    for wrong in (torch.zeros(2, units + 1), torch.full((2, units), 0.5)):
+        with pytest.raises(InputError, match="needed are states 0 or 1"):
+            model(toy.pictures, wrong)
+    with pytest.raises(InputError, match="model with latent='full'"):
+        toy.model(toy.pictures, torch.zeros(2, units))
+
+
+def test_pictures_are_read_in_the_models_precision_and_other_scales_are_refused(toy: Toy) -> None:
+    collapsed = toy.model.with_latent("collapsed")
+    at = {"gaze": torch.tensor([[1.0, 0.0, 20.0, 20.0]] * 2)}
+    expected = traced(poutine.condition(collapsed, at), toy.pictures).log_prob_sum()
+    doubles = [p.double().numpy() for p in toy.pictures]
+    torch.testing.assert_close(traced(poutine.condition(collapsed, at), doubles).log_prob_sum(), expected)
+    eight = [(255 * p).round().to(torch.uint8) for p in toy.pictures]
+    rounded = [p.float() / 255 for p in eight]
+    assert torch.equal(as_pyramid(eight).texels, as_pyramid(rounded).texels)
+    with pytest.raises(InputError, match=r"picture 1 has values from .* divide by 255"):
+        collapsed([toy.pictures[0], 255 * toy.pictures[1]])
+    with pytest.raises(InputError, match=r"picture 0 is a str.*from_files"):
+        as_pyramid(["a.jpg"])
+    assert toy.model.prior(Pyramid.build(toy.pictures).size).sample().is_floating_point()
+
+
 def test_pictures_may_come_packed_in_a_list_or_from_a_collection(toy: Toy) -> None:
     class Album:
         def pictures(self) -> list[torch.Tensor]:
@@ -442,6 +507,13 @@ def test_pictures_may_come_packed_in_a_list_or_from_a_collection(toy: Toy) -> No
         as_pyramid(toy.pictures[0])
 
 
+class Walls(ClutterModel):
+    """Clutter whose log_prob the program would never ask for."""
+
+    def log_prob(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(y.shape[:-1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -450,10 +522,13 @@ def test_pictures_may_come_packed_in_a_list_or_from_a_collection(toy: Toy) -> No
         ({"noise": 0.0}, "noise=0.0: .* positive"),
         ({"noise": math.inf}, "noise=inf: .* positive"),
         ({"temperature": -1.0}, r"temperature=-1\.0: .* positive"),
+        ({"noise": torch.full((575,), 0.5)}, "noise is a Tensor: a positive"),
+        ({"clutter": EllipticalDensity.blank(575)}, "clutter is a EllipticalDensity: .*ClutterModel"),
+        ({"clutter": Walls(EllipticalDensity.blank(575))}, "clutter is a Walls"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(toy: Toy, options: Any, message: str) -> None:
     # Past the type checker of the tests: a caller outside them has none.
     construct = getattr(AttentionModel.__init__, "__wrapped__", AttentionModel.__init__)
     with pytest.raises(InputError, match=message):
-        construct(AttentionModel.__new__(AttentionModel), toy.model.dbn, toy.model.clutter, **options)
+        construct(AttentionModel.__new__(AttentionModel), toy.model.dbn, **{"clutter": toy.model.clutter, **options})
