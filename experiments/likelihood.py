@@ -285,7 +285,8 @@ def energy_path(
     z = PATH[:, None] * chart.to_chart(truth.double())
     gaze = chart.to_gaze(z)
     log_odds = model.log_odds(pyramid.extract(gaze[None].to(pyramid.texels.device))[0]).double().cpu()
-    return -(log_odds + model.prior(pyramid.size[0].double().cpu()).log_prob(gaze) + chart.log_det(z))
+    log_prior = gazes.log_prior(model.prior(pyramid.size[0].double().cpu()), gaze)
+    return -(log_odds + log_prior + chart.log_det(z))
 
 
 def _bounds(model: AttentionModel, scenes: Scenes, truth: Tensor, diagonal: DeepBeliefNet | None) -> dict[str, float]:

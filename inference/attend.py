@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from jaxtyping import Bool, Float, Int
@@ -221,7 +222,7 @@ def integrated_odds(
     energy = odds_score(model, canonical).energy_of_many(pyramid.extract(flat, scene=scene))
     log_odds = -energy.double().reshape(points.log_q.shape)
     size = (pyramid.size if scene is None else pyramid.size[scene]).double()[:, None, None]
-    log_p = model.prior(size).log_prob(points.gaze) + points.log_det + log_odds
+    log_p = gazes.log_prior(model.prior(size), points.gaze) + points.log_det + log_odds
     return torch.logsumexp(log_p - points.log_q, -1) - math.log(POINTS)
 
 
@@ -348,6 +349,10 @@ def attend_batches(
     _check(count, numbers | {"batch": batch, "max_objects": max_objects}, seed, start, canonical, kernel)
     names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
     keys = stream_keys(names)
+    # NumPy's integers are neither JSON nor any C library's.
+    chains, draws, warmup, modes, guide_steps, seed, batch, max_objects = map(
+        int, (chains, draws, warmup, modes, guide_steps, seed, batch, max_objects)
+    )
     guide.eval()
     device = model.dbn.core.mean.device
     settings: dict[str, Any] = {
@@ -364,7 +369,7 @@ def attend_batches(
         "max_objects": max_objects,
         "noise": float(model.noise),
         "temperature": float(model.temperature),
-        "gaze_prior": {"kind": model.gaze_prior, **model.prior_options},
+        "gaze_prior": {"kind": model.gaze_prior, **{name: float(v) for name, v in model.prior_options.items()}},
     }
 
     def attended(rows: range) -> Posterior:
@@ -702,7 +707,7 @@ def _floats(value: Any, name: str) -> Tensor | None:
     if value is None:
         return None
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} is a {type(value).__name__}: give an array or tensor of numbers") from None
     if tensor.dtype == torch.uint8 and name == "canonical":

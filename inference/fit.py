@@ -431,7 +431,7 @@ def _choose_variant(
         at = torch.cat([chart.to_gaze(z), truth[:, None]], 1)
         z = torch.cat([z, of_truth], 1)
         patch = density_coordinates(pyramid.extract(at))
-        rest = model.prior(pyramid.size.double()[:, None]).log_prob(at) + chart.log_det(z)
+        rest = gazes.log_prior(model.prior(pyramid.size.double()[:, None]), at) + chart.log_det(z)
         belief = -0.5 * (z / sd[:, None]).square().sum(-1)
         log_edges = edges.log_odds(patch).double()
         for noise in NOISES:

@@ -665,10 +665,13 @@ class _ModelDensity:
 
     def _refuse_moving_supports(self) -> None:
         """Transforms are made once, so no support may change with the values of other sites."""
-        moved = {name: of.inv(self.start[name] + 0.5).detach() for name, of in self.transforms.items()}
-        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        # A little further on: what can be evaluated at the start can be there.
+        moved = {name: of.inv(self.start[name] + 1e-3).detach() for name, of in self.transforms.items()}
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), _FactorOrNaN():
             trace = poutine.trace(poutine.condition(self.model, moved)).get_trace(*self.args, **self.kwargs)
             for name, transform in self.transforms.items():
+                if name not in trace.nodes:
+                    continue
                 probe = self.start[name]
                 again = biject_to(trace.nodes[name]["fn"].support)(probe)
                 if not torch.allclose(again, transform.inv(probe), equal_nan=True):

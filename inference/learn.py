@@ -550,6 +550,11 @@ def _check(run: Run, scenes: UnlabelledPictures, numbers: dict[str, int]) -> Non
             raise InputError(f"{name}={number}: at least 1 is needed")
     if len(scenes) < 2 * FEWEST:
         raise InputError(f"{len(scenes)} scenes to learn from: at least {2 * FEWEST} are needed")
+    if type(run.model).prior is not AttentionModel.prior:
+        raise InputError(
+            f"the run's model is a {type(run.model).__name__} with a prior of its own, which no run on disk has, and "
+            "learning goes from disk to disk: give an AttentionModel, its prior by gaze_prior and prior_options"
+        )
     if run.model.clutter is None:
         raise InputError("the run has no clutter model, so it cannot search scenes: train it anew with `foveate train`")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from foveate.model.density import EllipticalDensity
 from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
-from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice
+from foveate.model.gaze import CANONICAL_SIZE, FlatGazePrior, GazePrior, LocalChart, lattice, log_prior
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
 from foveate.model.threads import share
@@ -322,11 +322,8 @@ class GazePotential:
         if isinstance(self.prior, GazePrior | FlatGazePrior) and self._compiles_prior:
             size = self.pyramid.size.to(gaze.dtype).reshape(-1, *[1] * (gaze.ndim - 2), 2)
             return _with_size(self.prior, size).log_prob(gaze)
-        # Its batch is the scenes: they must come last to broadcast. What lies outside its support, as the end of a
-        # trajectory that diverged, is not shown to a distribution that may refuse it.
-        within = self.prior.support.check(gaze.movedim(0, -2)).movedim(-1, 0)
-        shown = torch.where(within[..., None], gaze, self.chart.base.to(gaze))
-        return torch.where(within, self.prior.log_prob(shown.movedim(0, -2)).movedim(-1, 0), -math.inf)
+        # Its batch is the scenes: they must come last to broadcast.
+        return log_prior(self.prior, gaze.movedim(0, -2)).movedim(-1, 0)
 
     def __call__(
         self, z: Float[Tensor, "scene *chain 4"]
@@ -351,7 +348,8 @@ class GazePotential:
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
             of_prior = -self._log_prior(self.chart.to_gaze(z))
-            (pull,) = torch.autograd.grad(of_prior.sum(), z)
+            # One that is flat where it is anything has no slope at all.
+            pull = torch.autograd.grad(of_prior.sum(), z)[0] if of_prior.requires_grad else torch.zeros_like(z)
         return here + of_prior.detach().to(here), slope + pull
 
     @property

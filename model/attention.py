@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import pyro
 import pyro.distributions
 import torch
@@ -85,7 +86,8 @@ def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> 
         InputError: no array, another shape, values that are not finite or of another scale; the message says which.
     """
     try:
-        tensor = torch.as_tensor(picture)
+        # Mirrored arrays have strides that PyTorch has not.
+        tensor = torch.as_tensor(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"picture {index} is a {type(picture).__name__}: needed is an array or tensor (height, width); files are "
@@ -98,7 +100,7 @@ def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> 
     tensor = tensor.to(dtype) / 255 if tensor.dtype == torch.uint8 else tensor.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"picture {index} has pixels that are not finite: replace them before attending")
-    low, high = float(tensor.min()), float(tensor.max())
+    low, high = (float(end) for end in tensor.detach().aminmax())
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         raise InputError(
             f"picture {index} has values from {low:.4g} to {high:.4g}: scale them to [0, 1] "
@@ -207,8 +209,8 @@ class AttentionModel(PyroModule):
         if gaze_prior not in PRIORS:
             raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
         for name, number in (("noise", noise), ("temperature", temperature)):
-            if not isinstance(number, int | float):
-                raise InputError(f"{name} is a {type(number).__name__}: a positive number is needed")
+            if isinstance(number, Tensor) and number.numel() != 1:
+                raise InputError(f"{name} has shape {tuple(number.shape)}: a positive number is needed")
             if not (number > 0 and math.isfinite(number)):
                 raise InputError(f"{name}={number}: a positive number is needed")
         if clutter is not None and (
@@ -250,9 +252,10 @@ class AttentionModel(PyroModule):
             raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
         other = copy.copy(self)
         # Parts are shared, but putting another one in place changes one model alone.
-        for name in ("_parameters", "_buffers", "_modules"):
-            object.__setattr__(other, name, dict(getattr(self, name)))
-        other.latent, other.prior_options = latent, dict(self.prior_options)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                object.__setattr__(other, name, copy.copy(value))
+        other.latent = latent
         return other
 
     def prior(self, size: Tensor) -> gazes.GazePrior | gazes.FlatGazePrior:
@@ -330,7 +333,8 @@ class AttentionModel(PyroModule):
         if self.latent != "given_hidden":
             raise InputError(f"hidden is given to a model with latent='{self.latent}': use with_latent('given_hidden')")
         units = self.dbn.layer.hidden
-        if tuple(hidden.shape) != (scenes, units) or not bool(((hidden == 0) | (hidden == 1)).all()):
+        fits = hidden.shape[-1:] == (units,) and hidden.shape[-2:-1] in ((), (1,), (scenes,))
+        if not fits or not bool(((hidden == 0) | (hidden == 1)).all()):
             raise InputError(
                 f"hidden has shape {tuple(hidden.shape)}: needed are states 0 or 1 of shape ({scenes}, {units})"
             )

@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from jaxtyping import Bool, Float
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from foveate.model.errors import InputError
 
@@ -369,6 +370,20 @@ class FlatGazePrior(TorchDistribution):
         within = ((value >= low) & (value <= high)).all(-1)
         log_volume = torch.log(high - low).sum(-1)
         return torch.where(within, -log_volume, torch.full_like(log_volume, -math.inf))
+
+
+def log_prior(prior: TorchDistributionMixin, gaze: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
+    """Log-density of gazes under a prior of any kind, -inf outside its support.
+
+    What lies outside, as the end of a trajectory that diverged does, is not shown to a distribution that may refuse it.
+
+    Convention: gazes as the module; the prior's batch broadcasts against theirs.
+    """
+    if type(prior) in (GazePrior, FlatGazePrior):
+        return prior.log_prob(gaze)
+    within = prior.support.check(gaze)
+    inside = biject_to(prior.support)(torch.ones_like(gaze))
+    return torch.where(within, prior.log_prob(torch.where(within[..., None], gaze, inside)), -math.inf)
 
 
 _Prior = TypeVar("_Prior", GazePrior, FlatGazePrior)

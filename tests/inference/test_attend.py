@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -250,6 +251,19 @@ def test_a_prior_of_ones_own_is_the_one_that_is_sampled(world: World) -> None:
     assert float(gaze.std(0).max()) < 0.02
 
 
+def test_a_prior_within_bounds_is_searched_and_sampled_within_them(world: World) -> None:
+    low = world.start[0] - torch.tensor([0.3, 0.3, 3.0, 3.0])
+
+    class Box(AttentionModel):
+        def prior(self, size: Tensor) -> Any:
+            shape = (*size.shape[:-1], 4)
+            return pyro.distributions.Uniform(low.expand(shape), low.expand(shape) + 6).to_event(1)
+
+    model = Box(world.model.dbn, world.model.clutter, noise=NOISE, temperature=TEMPERATURE)
+    gaze = attend(model, world.guide, world.scenes[:1], start=world.start[:1], **SHORT).gaze
+    assert bool(((gaze >= low) & (gaze <= low + 6)).all())
+
+
 def test_pyros_own_kernels_leave_the_global_generators_as_they_were(world: World) -> None:
     pyro.set_rng_seed(5)
     expected = torch.rand(2)
@@ -266,6 +280,10 @@ def test_what_was_asked_for_is_told_with_the_posterior(world: World) -> None:
     told = posterior.settings
     assert (told["noise"], told["temperature"], told["canonical"], told["modes"]) == (NOISE, TEMPERATURE, "free", 4)
     assert told["gaze_prior"] == {"kind": "proper"}
+    # Numbers of NumPy's kinds, as loops over arrays give them, go to disk as well.
+    how = SHORT | {"draws": np.int64(4), "seed": np.int64(3)}
+    (again,) = inspect.unwrap(attend_batches)(world.model, world.guide, world.scenes[:1], start=start, **how)
+    json.dumps(again.settings)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

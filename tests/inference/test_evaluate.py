@@ -144,6 +144,9 @@ def test_the_true_gazes_do_not_enter_a_search_of_the_whole_scene(run: Run, scene
     assert torch.equal(posterior.gaze, same.gaze)
     assert results["bound_nats"] != moved["bound_nats"]
     assert results["start"] == "scene" and results["bound_nats_se"] is None
+    # Of an even number of scenes the median lies midway between two.
+    two, found = evaluate(run, scenes.subset([0, 1]), **SHORT)
+    assert two["median_iou"] == pytest.approx(float(gazes.overlap(found.mean_gaze, scenes.gazes[:2]).mean()))
 
 
 def within(truth: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

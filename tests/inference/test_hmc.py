@@ -576,6 +576,22 @@ def test_a_support_that_moves_with_another_site_is_named_with_the_remedy():
     expect("support of site 'x' depends on another.*share of the range", model=model)
 
 
+def test_a_support_that_rests_is_not_named_though_the_model_is_defined_only_nearby():
+    """A correlation of 0.6: half a unit further there is no covariance any more, and nothing moves."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).mask(torch.ones(2).bool()))
+        one = torch.ones_like(x)
+        covariance = torch.stack([torch.stack([one, x], -1), torch.stack([x, one], -1)], -1)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=torch.zeros(2, 2))
+
+    kernel = BatchedHMC(
+        model, seed=0, init_strategy=pyro.infer.autoguide.init_to_value(values={"x": torch.full((2,), 0.6)})
+    )
+    kernel.setup(2)
+    assert bool(torch.isfinite(kernel.sample(kernel.initial_params)["x"]).all())
+
+
 def test_a_site_without_batch_dimensions_is_named():
     expect(r"'x' has shape \(\), but batch_dims=1", model=lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
 

@@ -124,6 +124,17 @@ def test_scenes_with_labels_are_refused() -> None:
         learn(small_run(), labelled)
 
 
+def test_so_is_a_model_with_a_prior_that_no_run_on_disk_has() -> None:
+    class Mine(AttentionModel):
+        def prior(self, size: Tensor) -> gazes.GazePrior:
+            return gazes.GazePrior(size, typical=0.1)
+
+    run = small_run()
+    run.model.__class__ = Mine
+    with pytest.raises(InputError, match="a Mine with a prior of its own"):
+        learn(run, soft_scenes(30))
+
+
 def test_so_are_too_few_scenes_no_rounds_and_a_run_without_clutter_model() -> None:
     with pytest.raises(InputError, match="10 scenes to learn from: at least 24"):
         learn(small_run(), soft_scenes(10))

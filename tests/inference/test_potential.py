@@ -6,7 +6,7 @@ import arviz
 import numpy as np
 import pytest
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import Normal, Uniform
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
@@ -125,6 +125,24 @@ class Upright(GazePrior):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value) - 40 * parts(value).rotation.square()
+
+
+class Box(FlatGazePrior):
+    """The same density under another name."""
+
+
+def test_a_prior_without_a_slope_and_with_an_edge_is_scored_as_it_is():
+    function, z = potential("odds", "flat"), coordinates()
+    size = function.pyramid.size.double()
+    low, high = FlatGazePrior(size)._box()
+    expected, slope = function(z)
+    for prior in (Box(size), Uniform(low, high).to_event(1)):
+        other = GazePotential(function.pyramid, function.chart, function.score, prior)
+        energy, gradient = other(z)
+        inside = torch.isfinite(expected)
+        assert torch.equal(torch.isfinite(energy), inside) and 0.5 < float(inside.double().mean()) < 1
+        torch.testing.assert_close(energy[inside], expected[inside], rtol=1e-10, atol=1e-8)
+        torch.testing.assert_close(gradient[inside], slope[inside], rtol=1e-9, atol=1e-9 * float(slope.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["subclass", "of another family"])

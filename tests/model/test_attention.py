@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyro
@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
+from pyro.nn import PyroParam
 from scipy import stats
 
 from foveate.inference.hmc import BatchedHMC
@@ -444,6 +445,8 @@ def test_a_changed_model_stays_changed_in_its_other_densities(toy: Toy) -> None:
     assert other.prior(torch.ones(2)).typical == 0.02
     other.clutter = None
     assert model.clutter is toy.model.clutter
+    other.extra = PyroParam(torch.ones(2), constraint=torch.distributions.constraints.positive)
+    assert not hasattr(model, "extra")
     with pytest.raises(InputError, match="latent='all'"):
         inspect.unwrap(AttentionModel.with_latent)(model, "all")
 
@@ -471,7 +474,10 @@ def test_hidden_states_that_do_not_fit_are_refused(toy: Toy) -> None:
         traced(model, toy.pictures, torch.ones(2, units, dtype=torch.bool)).nodes["hidden"]["value"].dtype
         == torch.float32
     )
-    for wrong in (torch.zeros(2, units + 1), torch.full((2, units), 0.5)):
+    chains = pyro.plate("chain", 3, dim=-2)
+    with chains:
+        assert traced(model, toy.pictures, torch.ones(3, 2, units)).nodes["canonical"]["value"].shape == (3, 2, 575)
+    for wrong in (torch.zeros(2, units + 1), torch.zeros(3, units), torch.full((2, units), 0.5)):
         with pytest.raises(InputError, match="needed are states 0 or 1"):
             model(toy.pictures, wrong)
     with pytest.raises(InputError, match="model with latent='full'"):
@@ -487,6 +493,11 @@ def test_pictures_are_read_in_the_models_precision_and_other_scales_are_refused(
     eight = [(255 * p).round().to(torch.uint8) for p in toy.pictures]
     rounded = [p.float() / 255 for p in eight]
     assert torch.equal(as_pyramid(eight).texels, as_pyramid(rounded).texels)
+    mirrored = [p.numpy()[:, ::-1] for p in toy.pictures]
+    assert torch.equal(as_pyramid(mirrored).texels, as_pyramid([p.flip(1) for p in toy.pictures]).texels)
+    model = AttentionModel.__new__(AttentionModel)
+    inspect.unwrap(AttentionModel.__init__)(model, toy.model.dbn, noise=cast(float, np.float32(0.5)))
+    assert model.noise == 0.5
     with pytest.raises(InputError, match=r"picture 1 has values from .* divide by 255"):
         collapsed([toy.pictures[0], 255 * toy.pictures[1]])
     with pytest.raises(InputError, match=r"picture 0 is a str.*from_files"):
@@ -522,7 +533,7 @@ class Walls(ClutterModel):
         ({"noise": 0.0}, "noise=0.0: .* positive"),
         ({"noise": math.inf}, "noise=inf: .* positive"),
         ({"temperature": -1.0}, r"temperature=-1\.0: .* positive"),
-        ({"noise": torch.full((575,), 0.5)}, "noise is a Tensor: a positive"),
+        ({"noise": torch.full((575,), 0.5)}, r"noise has shape \(575,\): a positive"),
         ({"clutter": EllipticalDensity.blank(575)}, "clutter is a EllipticalDensity: .*ClutterModel"),
         ({"clutter": Walls(EllipticalDensity.blank(575))}, "clutter is a Walls"),
     ],

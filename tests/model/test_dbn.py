@@ -170,16 +170,17 @@ def test_gibbs_of_the_canonical_image_keeps_the_posterior_of_the_layer(kind: str
         assert bool((difference.abs() < 4.5 * spread).all())
 
 
+@pytest.mark.parametrize("spread", [2.0, 5.0])
 @pytest.mark.parametrize("most", [0, 200], ids=["direct", "conjugate gradients"])
 def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
-    most: int, monkeypatch: pytest.MonkeyPatch
+    most: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against one solution at a time; the error is in the norm of each matrix, which is what is promised."""
     monkeypatch.setattr(dbn_module, "MOST_ITERATIONS", most)
     generator = torch.Generator().manual_seed(3)
     factor = torch.randn(40, 40, generator=generator, dtype=torch.float64)
     common = factor.T @ torch.diag(torch.logspace(-3, 3, 40).double()) @ factor
-    diagonal = torch.exp(2 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
+    diagonal = torch.exp(spread * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
     right = 10 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64)
     found = dbn_module._solve(common, diagonal, right)
     for at in itertools.product(range(2), range(5)):
