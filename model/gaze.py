@@ -34,6 +34,7 @@ __all__ = [
     "inside",
     "inverse",
     "lattice",
+    "log_prior",
     "overlap",
     "parts",
 ]
