@@ -693,19 +693,18 @@ def _solve(
 ) -> Float[Tensor, "*batch dimension"]:
     """``(common + diag(diagonal))⁻¹ right`` for many positive diagonals, by conjugate gradients on all at once.
 
-    The matrix with the batch's geometric mean diagonal preconditions, so that one is factored instead of every one. The
-    error, in the norm of the matrix itself, falls below `SOLVED`: where the solution is a draw with this precision, so
-    many of its sds.
+    The matrix with the batch's geometric mean diagonal preconditions, so that one is factored instead of every one. What
+    is left of `right`, in the norm of that matrix's inverse, falls below `SOLVED`. Where the solution is a draw with
+    this precision, it is wrong by as many of its sds where its diagonal is the mean one, and by at most the root of
+    their largest ratio more elsewhere; float32 knows no better.
     """
     middle = diagonal.log().reshape(-1, diagonal.shape[-1]).mean(0).exp()
-    # A matrix is at least so many times the one that preconditions, and its error at most by the root of that larger.
-    least = (diagonal / middle).amin(-1, keepdim=True).clamp(max=1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(common + torch.diag(middle)))
     x, residual = torch.zeros_like(right), right
     improved = residual @ inverse
     direction, square = improved, (residual * improved).sum(-1, keepdim=True)
     for _ in range(MOST_ITERATIONS):
-        if float((square / least).max()) < SOLVED**2:
+        if float(square.max()) < SOLVED**2:
             break
         image = direction @ common + diagonal * direction
         # A sample that is solved to the last bit has no direction left.
@@ -715,7 +714,9 @@ def _solve(
         before, square = square, (residual * improved).sum(-1, keepdim=True)
         direction = improved + square / before.clamp(min=torch.finfo(right.dtype).tiny) * direction
     else:
-        return torch.linalg.solve(common + torch.diag_embed(diagonal), right)
+        # By Cholesky: MKL's batched LU fails on several threads.
+        factor = torch.linalg.cholesky(common + torch.diag_embed(diagonal))
+        return torch.cholesky_solve(right[..., None], factor)[..., 0]
     return x
 
 
