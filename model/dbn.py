@@ -693,10 +693,10 @@ def _solve(
 ) -> Float[Tensor, "*batch dimension"]:
     """``(common + diag(diagonal))⁻¹ right`` for many positive diagonals, by conjugate gradients on all at once.
 
-    The matrix with the batch's geometric mean diagonal preconditions, so that one is factored instead of every one. What
-    is left of `right`, in the norm of that matrix's inverse, falls below `SOLVED`. Where the solution is a draw with
-    this precision, it is wrong by as many of its sds where its diagonal is the mean one, and by at most the root of
-    their largest ratio more elsewhere; float32 knows no better.
+    The matrix with the batch's geometric mean diagonal preconditions, so that one is factored instead of every one.
+    What is left of `right`, in the norm of that matrix's inverse, falls below `SOLVED`. Where the solution is a draw
+    with this precision, it is wrong by as many of its sds where its diagonal is the mean one, and elsewhere by at most
+    the root of their largest ratio more; float32 knows no better.
     """
     middle = diagonal.log().reshape(-1, diagonal.shape[-1]).mean(0).exp()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(common + torch.diag(middle)))
