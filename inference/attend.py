@@ -53,7 +53,8 @@ POINTS, SPREAD = 32, 1.5
 START_POINTS = 256
 # The guide's sds, in chart units, are kept within these when they set the width of a mode.
 SD_RANGE = (0.1, 4.0)
-# How far from a given start somebody is looked for whose picture is given: in widths of the start or of who is found.
+# How far from a given start somebody is looked for whose picture is given: in widths of the start or of who is found. A
+# start may be as far from its picture, and so many times as wide.
 # That many glances are thinned to `FOLLOWED` within reach.
 REACH, GLANCES = 4.0, 24
 # Modes among which the person is looked for.
@@ -271,10 +272,10 @@ def attend(
         chains: per scene, within the heaviest mode.
         draws: kept per chain.
         warmup: draws that adapt the step size, not kept.
-        start: ``(scene, 4)`` initial gazes (the paper's protocol); None searches whole scenes.
-        canonical: ``(scene, 24, 24)`` in [0, 1]: whom to look for. Any picture of the person serves where the model can
-            tell people apart (`AttentionModel.identity`); else the image that is looked for to the pixel. With a start
-            it is looked for within four patch widths of it.
+        start: ``(scene, 4)`` initial gazes (the paper's protocol), array or tensor; None searches whole scenes.
+        canonical: ``(scene, 24, 24)`` in [0, 1], or uint8: whom to look for. Any picture of the person serves where the
+            model can tell people apart (`AttentionModel.identity`); else the image that is looked for to the pixel.
+            With a start it is looked for within four patch widths of it.
         kernel: ``"batched"`` (`BatchedHMC`'s algorithm, all scenes and chains at once), or Pyro's own ``"hmc"`` or
             ``"nuts"``, one chain at a time.
         modes: how many are kept with weights.
@@ -295,7 +296,8 @@ def attend(
         The `Posterior` of all pictures.
 
     Raises:
-        InputError: for shapes that do not match, an unknown kernel, or a picture with values that are not finite.
+        InputError: for shapes that do not match, an unknown kernel, a picture that is none or has values that are
+            not finite or not in [0, 1], or a start that is nowhere near its picture.
     """
     parts = list(
         attend_batches(

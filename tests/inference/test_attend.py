@@ -246,9 +246,10 @@ def test_a_prior_of_ones_own_is_the_one_that_is_sampled(world: World) -> None:
     how: dict[str, Any] = {"start": world.start[:1], "guide_steps": 0, "chains": 2, "draws": 100, "warmup": 60}
     gaze = attend(model, world.guide, world.scenes[:1], **how).gaze[0].flatten(0, 1)
     wanted = world.start[0] + torch.tensor([0.0, 0.0, 0.5, 0.0])
-    # The odds at a temperature of 1000 pull by less than a sd of 0.01; 200 draws know a mean to a tenth of a sd or so.
-    torch.testing.assert_close(gaze.mean(0), wanted, rtol=0, atol=0.01)
-    assert float(gaze.std(0).max()) < 0.02
+    # The odds at a temperature of 1000 pull by a small part of a sd. Of 100 independent draws or more a mean is known
+    # to a tenth of a sd and a sd to 7 %: four of either. The energy itself is held to 1e-10 in test_potential.
+    torch.testing.assert_close(gaze.mean(0), wanted, rtol=0, atol=0.004)
+    torch.testing.assert_close(gaze.std(0), torch.full((4,), 0.01).double(), rtol=0.28, atol=0)
 
 
 def test_a_prior_within_bounds_is_searched_and_sampled_within_them(world: World) -> None:

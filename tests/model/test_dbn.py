@@ -170,17 +170,16 @@ def test_gibbs_of_the_canonical_image_keeps_the_posterior_of_the_layer(kind: str
         assert bool((difference.abs() < 4.5 * spread).all())
 
 
-@pytest.mark.parametrize("spread", [2.0, 5.0])
 @pytest.mark.parametrize("most", [0, 200], ids=["direct", "conjugate gradients"])
 def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
-    most: int, spread: float, monkeypatch: pytest.MonkeyPatch
+    most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against one solution at a time, in the norm of each matrix, with the bound that is promised."""
     monkeypatch.setattr(dbn_module, "MOST_ITERATIONS", most)
     generator = torch.Generator().manual_seed(3)
     factor = torch.randn(40, 40, generator=generator, dtype=torch.float64)
     common = factor.T @ torch.diag(torch.logspace(-3, 3, 40).double()) @ factor
-    diagonal = torch.exp(spread * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
+    diagonal = torch.exp(2 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
     right = 10 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64)
     found = dbn_module._solve(common, diagonal, right)
     for at in itertools.product(range(2), range(5)):
@@ -188,7 +187,8 @@ def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
         away = found[at] - torch.linalg.solve(matrix, right[at])
         mean = diagonal.log().reshape(-1, 40).mean(0).exp()
         ratio = max(1.0, float((mean / diagonal[at]).max()))
-        assert float(away @ matrix @ away) ** 0.5 < ratio**0.5 * dbn_module.SOLVED
+        # Diagonals differ by e^(2 · 3) here: none is farther off than 20.
+        assert float(away @ matrix @ away) ** 0.5 < min(ratio**0.5, 20) * dbn_module.SOLVED
 
 
 def test_systems_that_iteration_does_not_solve_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
