@@ -27,7 +27,7 @@ from foveate.experiments.outputs import check_directory, markdown_table, save_fi
 from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import SMALLEST, attend, search
 from foveate.inference.checkpoint import Run, write_json
-from foveate.inference.evaluate import jittered_starts, quoted_bound
+from foveate.inference.evaluate import jittered_starts
 from foveate.inference.fit import crops_of, person_numbers
 from foveate.inference.guide import GazeGuide
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
@@ -289,12 +289,16 @@ def energy_path(
     return -(log_odds + log_prior + chart.log_det(z))
 
 
+def _quoted_bound(dbn: DeepBeliefNet, y: Tensor) -> Tensor:
+    return dbn.log_prob_bound(y, dbn.refine_hidden(y))
+
+
 def _bounds(model: AttentionModel, scenes: Scenes, truth: Tensor, diagonal: DeepBeliefNet | None) -> dict[str, float]:
     """Mean log-densities of the true crops in nats, and by how much the prior's bound exceeds the Student-t's."""
     crops = torch.stack([extract(scenes.pictures([i])[0], truth[i]).float() for i in range(len(scenes))])
     y = density_coordinates(crops).to(model.dbn.core.mean.device)
     with torch.no_grad():
-        bound, recognised = quoted_bound(model.dbn, y).double(), model.dbn.log_prob_bound(y).double()
+        bound, recognised = _quoted_bound(model.dbn, y).double(), model.dbn.log_prob_bound(y).double()
         figures = {
             "bound_nats": float(bound.mean()),
             "bound_nats_se": float(bound.std() / math.sqrt(len(bound))) if len(bound) > 1 else math.nan,
@@ -306,7 +310,7 @@ def _bounds(model: AttentionModel, scenes: Scenes, truth: Tensor, diagonal: Deep
     lower = figures["bound_nats"] - 2 * float(model.dbn.log_z_se)
     figures["margin_student_t"] = lower - figures["bound_student_t"]
     if diagonal is not None:
-        figures["bound_diagonal"] = float(quoted_bound(diagonal, y).mean())
+        figures["bound_diagonal"] = float(_quoted_bound(diagonal, y).mean())
         figures["bound_diagonal_log_z_se"] = float(diagonal.log_z_se)
     return figures
 

@@ -107,13 +107,14 @@ def ais_log_z(
         base: visible bias at β = 0; the machine's own by default. The log-odds of the data's mean shorten the path.
         generator: source of randomness.
 
+    Raises:
+        InputError: fewer than 2 chains or 1 temperature, or a `base` of another shape than the visible bias.
+
     Returns:
         The estimate with its error. An error that is underestimated because all chains miss a mode cannot be seen from
         inside.
     """
-    if chains < 2:
-        raise InputError(f"{chains} chain: the standard error needs at least 2")
-    base = rbm.visible_bias.detach() if base is None else base
+    base = _base(rbm, base, chains, temperatures)
     if temperatures is not None:
         betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
         return _summary(_forward(rbm, base, betas, chains, generator)[0], temperatures, "forward")
@@ -149,15 +150,15 @@ def reverse_ais_log_z(
         rbm: the machine.
         samples: one start for each chain, drawn from the machine.
         exact: True only for exact, independent samples (small machines by enumeration, simulated data). With False the
-            result
-            is a heuristic: chains that miss a mode make it too low without a sign, and `kind` says so.
+            result is a heuristic: chains that miss a mode make it too low without a sign, and `kind` says so.
         temperatures: evenly spaced.
         base: visible bias at β = 0.
         generator: source of randomness.
+
+    Raises:
+        InputError: fewer than 2 chains or 1 temperature, or a `base` of another shape than the visible bias.
     """
-    if len(samples) < 2:
-        raise InputError(f"{len(samples)} chain: the standard error needs at least 2")
-    base = rbm.visible_bias.detach() if base is None else base
+    base = _base(rbm, base, len(samples), temperatures)
     betas = torch.linspace(1, 0, temperatures + 1, dtype=torch.float64).tolist()
     v, log_weight = samples, torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
     for upper, lower in itertools.pairwise(betas):
@@ -168,6 +169,22 @@ def reverse_ais_log_z(
         log_weight - float(rbm.path_log_z(base)), temperatures, "reverse" if exact else "reverse-heuristic"
     )
     return inverse._replace(estimate=-inverse.estimate)
+
+
+def _base(
+    rbm: GaussianRBM | BernoulliRBM, base: Tensor | None, chains: int, temperatures: int | None
+) -> Float[Tensor, "visible"]:
+    """The base that was given, or the machine's own bias; refuses what has no standard error or no base machine."""
+    if chains < 2:
+        raise InputError(f"{chains} chain: the standard error needs at least 2")
+    if temperatures is not None and temperatures < 1:
+        raise InputError(f"{temperatures} temperatures: at least 1 is needed")
+    bias = rbm.visible_bias.detach()
+    if base is None:
+        return bias
+    if base.shape != bias.shape:
+        raise InputError(f"base of shape {tuple(base.shape)}: needed is a bias for each visible unit, {len(bias)}")
+    return base
 
 
 def _forward(

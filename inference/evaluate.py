@@ -17,11 +17,10 @@ from foveate.inference.attend import attend_batches
 from foveate.inference.checkpoint import Run
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
-from foveate.model.dbn import DeepBeliefNet
 from foveate.model.errors import InputError
 from foveate.model.patch import density_coordinates, extract
 
-__all__ = ["EvaluationScenes", "evaluate", "jittered_starts", "quoted_bound"]
+__all__ = ["EvaluationScenes", "evaluate", "jittered_starts"]
 
 
 @runtime_checkable
@@ -98,7 +97,8 @@ def evaluate(
     )
     y = density_coordinates(crops).to(run.model.dbn.core.mean.device)
     with torch.no_grad():
-        bound = quoted_bound(run.model.dbn, y).double()
+        dbn = run.model.dbn
+        bound = dbn.log_prob_bound(y, dbn.refine_hidden(y)).double()
         baselines = {name: float(run.model.baseline(name).log_prob(y).mean()) for name in ("gaussian", "student_t")}
     statistics, rhat = posterior.statistics, posterior.rhat()
     results: dict[str, Any] = {
@@ -127,16 +127,6 @@ def evaluate(
         | {name: version(name) for name in ("foveate", "torch", "pyro-ppl", "numpy", "arviz")},
     }
     return results, posterior
-
-
-@torch.no_grad()
-def quoted_bound(dbn: DeepBeliefNet, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:
-    """The bound on log p(y) that is quoted, nats: the better of two, crop by crop.
-
-    One has the recognition posterior, one that posterior after mean-field steps (`DeepBeliefNet.refine_hidden`). Any
-    factorial posterior gives a lower bound, and the greater of two lower bounds is one.
-    """
-    return torch.maximum(dbn.log_prob_bound(y), dbn.log_prob_bound(y, dbn.refine_hidden(y)))
 
 
 def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor, "scene 4"]:

@@ -304,7 +304,9 @@ class GazePotential:
         prior: TorchDistributionMixin | None = None,
         belief: Float[Tensor, "*batch 4"] | None = None,
     ) -> None:
-        self.pyramid, self.chart, self.score, self.prior, self.belief = pyramid, chart, score, prior, belief
+        # The compiled loops read floats.
+        self.pyramid = pyramid.to(dtype=pyramid.dtype)
+        self.chart, self.score, self.prior, self.belief = chart, score, prior, belief
         # A subclass may have another density.
         self._compiles_prior = prior is None or type(prior) in (GazePrior, FlatGazePrior)
         self._tables: dict[tuple[int, ...], _Tables] = {}

@@ -28,6 +28,7 @@ from foveate.model.rbm import (
     GaussianRBM,
     bernoulli,
     contrastive_divergence,
+    entropy,
     fantasy_chains,
     fast_persistent_contrastive_divergence,
     set_gradients,
@@ -352,7 +353,7 @@ def _climb_layer(
         # The units' cost is phased in: at full cost from the start most would be silenced before they had learned to
         # speak.
         cost = min(1.0, 2 * step / steps)
-        code = _entropy(q) - top.free_energy(q) - top.path_log_z(top.visible_bias)
+        code = entropy(q) - top.free_energy(q) - top.path_log_z(top.visible_bias)
         log_det = torch.linalg.slogdet(filters)[1] + log_dets[index]
         bound = layer.expected_residual_log_prob(e, q) + log_det + cost * code
         if not bool(torch.isfinite(bound).all()):
@@ -392,7 +393,7 @@ def _climb_top(
             break
         batch = e[torch.randint(len(e), (BATCH,), generator=generator).to(e.device)]
         q = recognise(batch)
-        bound = expected(batch, q) + _entropy(q) - top.free_energy(q)
+        bound = expected(batch, q) + entropy(q) - top.free_energy(q)
         if not bool(torch.isfinite(bound).all()):
             break
         optimiser.zero_grad()
@@ -601,7 +602,3 @@ def _effective_filters(net: DeepBeliefNet) -> float:
 def _base(net: DeepBeliefNet, y: Tensor) -> Tensor:
     """Log-odds of the mean hidden state of the data: the start of the annealing path that is nearest to its end."""
     return torch.logit(net.infer_hidden(y[:, 0]).mean(0).clamp(0.01, 0.99))
-
-
-def _entropy(q: Tensor) -> Tensor:
-    return -(torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q)).sum(-1)

@@ -181,8 +181,9 @@ class AttentionModel(PyroModule):
 
             * ``"full"``: p(u, h, v, I), all four sites. For tracing, `Predictive`, block Gibbs; h is discrete, so HMC
               refuses.
-            * ``"given_hidden"``: p(u, v, I | h) with ``hidden`` observed at the call's `hidden` (default: what the DBN
-              recognises in its mean image). Gaze and canonical are continuous: stock HMC and NUTS run.
+            * ``"given_hidden"``: p(u, v, h, I) with ``hidden`` observed at the call's `hidden` (default: what the DBN
+              recognises in its mean image), so p(u, v, I | h) up to log p(h), which needs the DBN's log Z. Gaze and
+              canonical are continuous: stock HMC and NUTS run.
             * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one
               Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`), and what the patch's
               edges say is added (`EdgeOdds`). Stock HMC and NUTS run.
@@ -271,12 +272,8 @@ class AttentionModel(PyroModule):
                 f"prior_options: the {self.gaze_prior} gaze prior knows no {', '.join(sorted(unknown))}, only "
                 f"{', '.join(known)}; give those, or none"
             )
-        for name, value in self.prior_options.items():
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"prior_options: {name}={value}: a positive number is needed")
         options: dict[str, Any] = self.prior_options
-        # Sizes in pixels are integers in a `Pyramid`.
-        return kind(size if size.is_floating_point() else size.to(torch.get_default_dtype()), **options)
+        return kind(size, **options)
 
     def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:
         """Object and clutter densities of y in the collapsed form, both seen through the noise."""
@@ -309,7 +306,7 @@ class AttentionModel(PyroModule):
         pyramid = as_pyramid(pictures, self.dbn.core.mean.dtype)
         if hidden is not None:
             hidden = self._states(hidden, len(pyramid))
-        size = pyramid.size.to(pyramid.texels.dtype)
+        size = pyramid.size.to(pyramid.dtype)
         with pyro.plate("scene", len(pyramid), dim=-1):
             gaze = cast(Tensor, pyro.sample("gaze", self.prior(size)))
             if self.latent == "collapsed":
@@ -338,7 +335,7 @@ class AttentionModel(PyroModule):
             raise InputError(
                 f"hidden has shape {tuple(hidden.shape)}: needed are states 0 or 1 of shape ({scenes}, {units})"
             )
-        return hidden.to(self.dbn.core.mean)
+        return hidden.to(self.dbn.core.mean).expand(*hidden.shape[:-2], scenes, units)
 
     def _collapsed(self, batch_shape: torch.Size) -> SceneLikelihood:
         dense_object, dense_clutter = self.marginal_densities()

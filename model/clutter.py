@@ -1,7 +1,5 @@
 """Clutter: the density of patches that are not the object, against which the patch at a gaze is scored."""
 
-import math
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -50,10 +48,8 @@ class ClutterModel(nn.Module):
 
     @classmethod
     def blank(cls, dimension: int) -> "ClutterModel":
-        """A standard Student-t: a place to load a state into."""
-        density = EllipticalDensity.blank(dimension)
-        density.nu.fill_(math.inf)
-        return cls(density)
+        """The standard Gaussian: a place to load a state into."""
+        return cls(EllipticalDensity.blank(dimension))
 
     def log_prob(self, y: Float[Tensor, "*batch 575"]) -> Float[Tensor, "*batch"]:
         """Log-density in nats."""

@@ -26,7 +26,7 @@ from torch.nn import functional
 from foveate.model.density import EllipticalDensity, standard_gamma
 from foveate.model.errors import InputError
 from foveate.model.patch import from_density_coordinates
-from foveate.model.rbm import BernoulliRBM, bernoulli
+from foveate.model.rbm import BernoulliRBM, bernoulli, entropy
 
 __all__ = ["CanonicalGivenHidden", "DeepBeliefNet", "DiagonalLayer", "GatedLayer", "HiddenPrior", "contrast_groups"]
 
@@ -60,6 +60,11 @@ class _Layer(nn.Module):
     @property
     def hidden(self) -> int:
         """Number of hidden units h1."""
+        raise NotImplementedError
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates y."""
         raise NotImplementedError
 
     def recognise(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch hidden"]:
@@ -139,6 +144,10 @@ class DiagonalLayer(_Layer):
     @property
     def hidden(self) -> int:
         return self.weight.shape[1]
+
+    @property
+    def dimension(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def sigma(self) -> Float[Tensor, "dimension"]:
@@ -286,6 +295,10 @@ class GatedLayer(_Layer):
     @property
     def hidden(self) -> int:
         return self.shape_units + self.contrast_units
+
+    @property
+    def dimension(self) -> int:
+        return self.bias.shape[0]
 
     @property
     def nu(self) -> Float[Tensor, "group"]:
@@ -454,7 +467,7 @@ class DeepBeliefNet(nn.Module):
             `set_log_z`.
 
     Raises:
-        InputError: when the layer's units are not the top's visible units.
+        InputError: when the layer's units are not the top's visible units, or its coordinates not the core's.
     """
 
     log_z: Tensor
@@ -465,6 +478,10 @@ class DeepBeliefNet(nn.Module):
         if layer.hidden != top.visible:
             raise InputError(
                 f"a layer of {layer.hidden} hidden units under a top of {top.visible} visible ones: make them equal"
+            )
+        if layer.dimension != core.dimension:
+            raise InputError(
+                f"a layer over {layer.dimension} coordinates with a core over {core.dimension}: make them equal"
             )
         self.layer, self.top, self.core = layer, top, core
         self.register_buffer("log_z", torch.tensor(math.nan, dtype=torch.float64))
@@ -510,8 +527,9 @@ class DeepBeliefNet(nn.Module):
     ) -> Float[Tensor, "*batch hidden"]:
         """A factorial posterior closer to the truth than the recognition posterior, by damped mean-field steps.
 
-        They come to rest where each unit's log-odds are the slope of the bound without its entropy term. The result is
-        a constant to autograd. The recognition posterior falls short of it by some 5 to 10 nats on real crops.
+        They come to rest where each unit's log-odds are the slope of the bound without its entropy term. Strongly
+        coupled units may overshoot: where the bound is no better than at the start, the start is returned. The result
+        is a constant to autograd.
 
         Args:
             y: density coordinates.
@@ -519,29 +537,38 @@ class DeepBeliefNet(nn.Module):
             steps: mean-field steps.
             rate: share of the way that the log-odds go in a step.
         """
-        q = self.layer.recognise(y) if q is None else q
-        y, logits = y.detach(), torch.logit(q.detach(), 1e-5)
+        y = y.detach()
+        q = (self.layer.recognise(y) if q is None else q).detach()
+        logits = torch.logit(q, 1e-5)
         for _ in range(steps):
             with torch.enable_grad():
                 p = torch.sigmoid(logits).requires_grad_()
                 target = (self.layer.expected_log_prob(y, p) - self.top.free_energy(p)).sum()
                 (slope,) = torch.autograd.grad(target, p)
             logits = (1 - rate) * logits + rate * slope.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-        return torch.sigmoid(logits)
+        refined = torch.sigmoid(logits)
+        with torch.no_grad():
+            better = self._unnormalised_bound(y, refined) > self._unnormalised_bound(y, q)
+        return torch.where(better[..., None], refined, q)
 
     def log_prob_bound(
         self, y: Float[Tensor, "*batch dimension"], q: Float[Tensor, "*batch hidden"] | None = None
     ) -> Float[Tensor, "*batch"]:
         """Lower bound of log p(y) in nats, differentiable in y, without sampling noise beyond that of log Z.
 
-        ``log_prob_bound(y)`` costs one pass; ``log_prob_bound(y, net.refine_hidden(y))`` is tighter and what to quote.
+        ``log_prob_bound(y)`` costs one pass; ``log_prob_bound(y, net.refine_hidden(y))`` is never lower and what to
+        quote.
 
         Args:
             y: density coordinates.
             q: probabilities of any factorial posterior; the recognition posterior by default. Any q gives a bound.
         """
         q = self.layer.recognise(y) if q is None else q
-        return self.layer.expected_log_prob(y, q) - self.top.free_energy(q) + _entropy(q) - self.log_z.to(y.dtype)
+        return self._unnormalised_bound(y, q) - self.log_z.to(y.dtype)
+
+    def _unnormalised_bound(self, y: Tensor, q: Tensor) -> Tensor:
+        """The bound of log p(y) + log Z."""
+        return self.layer.expected_log_prob(y, q) - self.top.free_energy(q) + entropy(q)
 
     def log_joint(
         self, y: Float[Tensor, "*#batch dimension"], h: Float[Tensor, "*#batch hidden"]
@@ -571,6 +598,8 @@ class DeepBeliefNet(nn.Module):
         ``p(h1, h2 | y)`` invariant. ``"recognition"`` draws h1 from the recognition posterior as the paper does (sec.
         3.1): fast, independent of the current h1, and biased by as much as that posterior is wrong.
         """
+        if update not in ("exact", "recognition"):
+            raise InputError(f"update={update!r}: 'exact' or 'recognition'")
         if update == "recognition":
             return bernoulli(self.layer.recognise(y), generator)
         above = self.top.sample_hidden(h, generator)
@@ -646,8 +675,9 @@ class HiddenPrior(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         return self.dbn.sample_hidden(shape[:-1].numel(), sweeps=self.sweeps).reshape(shape)
 
-    def log_prob(self, value: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
-        return -self.dbn.top.free_energy(value) - self.dbn.log_z.to(value.dtype)
+    def log_prob(self, value: Float[Tensor, "*batch hidden"]) -> Tensor:
+        log_prob = -self.dbn.top.free_energy(value) - self.dbn.log_z.to(value.dtype)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
 class CanonicalGivenHidden(TorchDistribution):
@@ -681,11 +711,6 @@ class CanonicalGivenHidden(TorchDistribution):
         return self.dbn.layer.log_prob(value, self.hidden)
 
 
-def _entropy(q: Tensor) -> Tensor:
-    """Entropy in nats of independent binary units."""
-    return -(torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q)).sum(-1)
-
-
 def _solve(
     common: Float[Tensor, "dimension dimension"],
     diagonal: Float[Tensor, "*batch dimension"],
@@ -698,6 +723,8 @@ def _solve(
     with this precision, it is wrong by as many of its sds where its diagonal is the mean one, and elsewhere by at most
     the root of their largest ratio more; float32 knows no better.
     """
+    if right.numel() == 0:
+        return right
     middle = diagonal.log().reshape(-1, diagonal.shape[-1]).mean(0).exp()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(common + torch.diag(middle)))
     x, residual = torch.zeros_like(right), right

@@ -39,7 +39,8 @@ class EllipticalDensity(nn.Module):
         nu: degrees of freedom, above 2, or ``inf``.
 
     Raises:
-        InputError: for `nu` not above 2 or a covariance that is not positive definite.
+        InputError: for `nu` not above 2, or a covariance that is of another shape or not positive definite; `log_prob` for
+            points of another dimension.
     """
 
     mean: Tensor
@@ -53,6 +54,11 @@ class EllipticalDensity(nn.Module):
         super().__init__()
         if not nu > 2:
             raise InputError(f"degrees of freedom {nu}: the covariance exists only above 2")
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise InputError(
+                f"mean of shape {tuple(mean.shape)} and covariance of shape {tuple(covariance.shape)}: needed are "
+                "(dimension,) and (dimension, dimension)"
+            )
         variances, axes = torch.linalg.eigh(covariance.double())
         if not bool(variances[0] > 0):
             raise InputError(f"covariance with smallest eigenvalue {float(variances[0]):.3g}: add a positive floor")
@@ -99,6 +105,8 @@ class EllipticalDensity(nn.Module):
 
     def squared_distance(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:
         """Squared Mahalanobis distance from the mean."""
+        if y.shape[-1:] != self.mean.shape:
+            raise InputError(f"points of shape {tuple(y.shape)} in {self.dimension} dimensions: they come last")
         return (((y - self.mean) @ self.axes) ** 2 / self.variances).sum(-1)
 
     def log_prob(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:

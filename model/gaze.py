@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
@@ -263,7 +263,7 @@ class GazePrior(TorchDistribution):
         edge: width of the logistic edge as a share of the shorter side.
 
     Raises:
-        InputError: `rotation_sd` is larger.
+        InputError: `rotation_sd` is larger, or a setting is not positive.
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
@@ -272,17 +272,18 @@ class GazePrior(TorchDistribution):
 
     def __init__(
         self,
-        size: Float[Tensor, "*batch 2"],
+        size: Num[Tensor, "*batch 2"],
         typical: float = 0.3,
         log_scale_sd: float = 0.6,
         rotation_sd: float = 0.25,
         edge: float = 0.05,
         validate_args: bool | None = None,
     ):
+        _check_positive(typical=typical, log_scale_sd=log_scale_sd, rotation_sd=rotation_sd, edge=edge)
         # The turns that `log_prob` sums over hold the mass of no wider a normal.
         if not rotation_sd <= math.pi:
             raise InputError(f"rotation_sd={rotation_sd}: at most π; all rotations are about as likely then")
-        self.size = size
+        self.size = _floating(size)
         self.typical, self.log_scale_sd, self.rotation_sd, self.edge = typical, log_scale_sd, rotation_sd, edge
         super().__init__(size.shape[:-1], torch.Size([4]), validate_args=validate_args)
 
@@ -335,13 +336,17 @@ class FlatGazePrior(TorchDistribution):
     Args:
         size: ``(..., 2)`` holding (height, width) of each picture in pixels.
         largest: largest patch width as a share of the shorter side.
+
+    Raises:
+        InputError: `largest` is not positive.
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
     has_rsample = False
 
-    def __init__(self, size: Float[Tensor, "*batch 2"], largest: float = 1.5, validate_args: bool | None = None):
-        self.size, self.largest = size, largest
+    def __init__(self, size: Num[Tensor, "*batch 2"], largest: float = 1.5, validate_args: bool | None = None):
+        _check_positive(largest=largest)
+        self.size, self.largest = _floating(size), largest
         super().__init__(size.shape[:-1], torch.Size([4]), validate_args=validate_args)
 
     def _box(self) -> tuple[Tensor, Tensor]:
@@ -385,6 +390,17 @@ def log_prior(prior: TorchDistributionMixin, gaze: Float[Tensor, "*batch 4"]) ->
     within = prior.support.check(gaze)
     inside = biject_to(prior.support)(torch.ones_like(gaze))
     return torch.where(within, prior.log_prob(torch.where(within[..., None], gaze, inside)), -math.inf)
+
+
+def _check_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{name}={value}: a positive number is needed")
+
+
+def _floating(size: Tensor) -> Tensor:
+    """Sizes in pixels are integers in a `Pyramid`."""
+    return size if size.is_floating_point() else size.to(torch.get_default_dtype())
 
 
 _Prior = TypeVar("_Prior", GazePrior, FlatGazePrior)

@@ -131,7 +131,8 @@ def edges(patch: Float[Tensor, "*batch 24 24"]) -> Float[Tensor, "*batch feature
     pooled = functional.avg_pool2d(torch.relu(x * angle.cos() + y * angle.sin()), CELL, STRIDE)
     energy = functional.pad(pooled.square().sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     relative = pooled / torch.sqrt(functional.avg_pool2d(energy, 3, 1) + FLAT)
-    return torch.sqrt(relative + ROOT).reshape(*patch.shape[:-2], -1)
+    features = torch.sqrt(relative + ROOT).flatten(1)
+    return features.reshape(*patch.shape[:-2], features.shape[1])
 
 
 class _Spread:

@@ -85,6 +85,9 @@ class Pyramid:
             dtype: of the texels; the pictures' own by default.
             levels: build the first to the last of these alone, in place of what `smallest` says; levels outside read as
                 the nearest one.
+
+        Raises:
+            InputError: no picture, or one that is no floating tensor ``(height, width)``, both at least 2.
         """
         if len(pictures) == 0:
             raise InputError("a pyramid needs at least one picture, got an empty list")
@@ -92,6 +95,11 @@ class Pyramid:
         table = np.zeros((4, len(pictures), LEVELS + 1), dtype=np.int64)
         begin = 0
         for i, picture in enumerate(pictures):
+            if not isinstance(picture, Tensor) or not picture.is_floating_point():
+                raise InputError(
+                    f"picture {i} is of {getattr(picture, 'dtype', type(picture).__name__)}: needed is a floating "
+                    "tensor in [0, 1]; foveate.model.attention.as_picture makes one of arrays and 8-bit values"
+                )
             if picture.ndim != 2 or min(picture.shape) < 2:
                 raise InputError(
                     f"picture {i} has shape {tuple(picture.shape)}: needed is (height, width), both at least 2"
@@ -155,11 +163,9 @@ class Pyramid:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> "Pyramid":
         """The scenes of `index`, sharing this pyramid's texels."""
-        if isinstance(index, int):
-            index = [index]
-        pick: Any = (
-            index if isinstance(index, (slice, Tensor)) else torch.as_tensor(list(index), device=self.size.device)
-        )
+        pick: Any = index
+        if not isinstance(index, slice | Tensor):
+            pick = torch.as_tensor(np.atleast_1d(index), dtype=torch.int64, device=self.size.device)
         return Pyramid(
             self.texels, self.offset[pick], self.rows[pick], self.columns[pick], self.stride[pick], self.size[pick]
         )

@@ -22,6 +22,7 @@ __all__ = [
     "GaussianRBM",
     "bernoulli",
     "contrastive_divergence",
+    "entropy",
     "fantasy_chains",
     "fast_persistent_contrastive_divergence",
     "persistent_contrastive_divergence",
@@ -37,6 +38,11 @@ def bernoulli(
         probabilities.shape, generator=generator, dtype=probabilities.dtype, device=probabilities.device
     )
     return (uniform < probabilities).to(probabilities.dtype)
+
+
+def entropy(q: Float[Tensor, "*batch unit"]) -> Float[Tensor, "*batch"]:
+    """Entropy in nats of independent binary units that are on with probabilities `q`."""
+    return -(torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q)).sum(-1)
 
 
 class _RBM(nn.Module):

@@ -1,5 +1,6 @@
 """Log-normalisers against enumeration."""
 
+import inspect
 import math
 
 import pytest
@@ -118,3 +119,17 @@ def test_one_chain_is_refused_because_it_has_no_error() -> None:
         ais_log_z(machine("binary", 4, 4), chains=1)
     with pytest.raises(InputError, match="standard error"):
         reverse_ais_log_z(machine("binary", 4, 4), torch.zeros(1, 4, dtype=torch.float64), exact=True)
+
+
+@pytest.mark.parametrize("base", [torch.tensor(0.0).double(), torch.zeros(1).double(), torch.zeros(4, 1).double()])
+def test_a_base_machine_with_other_units_and_no_temperatures_are_refused(base: torch.Tensor) -> None:
+    rbm, samples = machine("binary", 4, 4), torch.zeros(2, 4, dtype=torch.float64)
+    forward, reverse = inspect.unwrap(ais_log_z), inspect.unwrap(reverse_ais_log_z)
+    with pytest.raises(InputError, match=r"each visible unit, 4"):
+        forward(rbm, base=base)
+    with pytest.raises(InputError, match=r"each visible unit, 4"):
+        reverse(rbm, samples, exact=True, base=base)
+    with pytest.raises(InputError, match="0 temperatures"):
+        forward(rbm, temperatures=0)
+    with pytest.raises(InputError, match="0 temperatures"):
+        reverse(rbm, samples, exact=True, temperatures=0)

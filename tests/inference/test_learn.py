@@ -519,6 +519,7 @@ def test_a_learned_run_comes_back_from_disk_with_its_monitors_and_kind_of_gaze_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_resumed_learning_ends_the_same_with_nothing_in_place_of_anything(tmp_path: Path) -> None:
     run, scenes = small_run(), soft_scenes(40)
     options = QUICK | {"rounds": 1, "glance_steps": 3, "look_steps": 3, "dbn_steps": 4}

@@ -329,6 +329,18 @@ def minimum(function: GazePotential) -> Tensor:
     return z.detach()
 
 
+@pytest.mark.parametrize("name", ["quadratic", "odds"])
+def test_a_pyramid_in_bytes_is_read_as_by_the_definition(name):
+    pyramid = Pyramid.build(smooth_pictures(torch.float32)).in_bytes()
+    chart = LocalChart(base_gazes(torch.float32))
+    function = GazePotential(pyramid, chart, scores(torch.float32)[name], GazePrior(pyramid.size))
+    energy, gradient = function(coordinates(torch.float32))
+    # The energy of the bytes themselves: the compiled pass and PyTorch's, float32 both.
+    wanted, slope = differentiated(function, coordinates(torch.float32))
+    torch.testing.assert_close(energy, wanted, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(gradient, slope, rtol=1e-2, atol=0.05 * float(slope.abs().max()))
+
+
 def test_bad_shapes_and_settings_are_refused():
     function = potential("quadratic")
     with pytest.raises(InputError, match=r"for 3 scenes: needed is \(scene, ..., 4\)"):

@@ -505,6 +505,31 @@ def test_pictures_are_read_in_the_models_precision_and_other_scales_are_refused(
     assert toy.model.prior(Pyramid.build(toy.pictures).size).sample().is_floating_point()
 
 
+@pytest.mark.parametrize("shape", [(HIDDEN,), (1, HIDDEN)])
+def test_one_hidden_state_is_that_of_every_scene(double: Toy, shape: tuple[int, ...]) -> None:
+    model = double.model.with_latent("given_hidden")
+    state = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]).double()
+    at = {"gaze": double.gaze, "canonical": torch.zeros(2, 575).double()}
+    one = traced(model, double.pictures, state.reshape(shape), **at)
+    every = traced(model, double.pictures, state.expand(2, -1), **at)
+    assert one.nodes["hidden"]["log_prob"].shape == (2,)
+    torch.testing.assert_close(one.log_prob_sum(), every.log_prob_sum())
+
+
+def test_a_pyramid_in_bytes_is_the_same_scene_to_the_program() -> None:
+    """Of a picture of more than 127 pixels a side, which a byte does not count."""
+    toy = make_toy(torch.float32)
+    model = toy.model.with_latent("collapsed")
+    picture = torch.rand(150, 300, generator=torch.Generator().manual_seed(0))
+    pyramid = Pyramid.build([torch.nn.functional.avg_pool2d(picture[None], 9, 1, 4)[0]])
+    gaze = torch.tensor([[4.0, 0.3, 250.0, 70.0]])
+    floats, in_bytes = (traced(model, of, gaze=gaze).nodes for of in (pyramid, pyramid.in_bytes()))
+    torch.testing.assert_close(in_bytes["gaze"]["log_prob"], floats["gaze"]["log_prob"], rtol=0, atol=0)
+    # Patches are at most half a 255th off; in normalised intensities of this picture that is some hundredths.
+    torch.testing.assert_close(in_bytes["patch"]["value"], floats["patch"]["value"], rtol=0, atol=0.05)
+    torch.testing.assert_close(in_bytes["patch"]["log_prob"], floats["patch"]["log_prob"], rtol=0, atol=0.3)
+
+
 def test_pictures_may_come_packed_in_a_list_or_from_a_collection(toy: Toy) -> None:
     class Album:
         def pictures(self) -> list[torch.Tensor]:

@@ -1,8 +1,10 @@
 """Deep belief networks of a few units against enumeration, quadrature and sampling."""
 
+import inspect
 import itertools
 import json
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -253,7 +255,7 @@ def test_the_distributions_of_the_program_agree_with_the_net() -> None:
     y = given.sample()
     assert y.shape == (3, DIMENSION)
     torch.testing.assert_close(prior.log_prob(h) + given.log_prob(y), net.log_joint(y, h), **EXACT)
-    torch.testing.assert_close(prior.log_prob(states(6)).exp().sum(), torch.ones((), dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(HiddenPrior(net).log_prob(states(6)).exp().sum(), torch.ones((), dtype=torch.float64), **EXACT)
 
 
 def test_contrast_groups_tile_the_patch_less_its_first_pixel() -> None:
@@ -297,3 +299,50 @@ def test_forms_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="singular"):
         layer = GatedLayer(1, 1, 1, torch.tensor([0, 0]))
         layer.set_analysis(torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refined_posteriors_tighten_the_bound_and_leave_it_below_the_exact_log_probability(kind: str) -> None:
+    net = small_net(kind)
+    y = net.sample(60)
+    refined, plain = net.log_prob_bound(y, net.refine_hidden(y)), net.log_prob_bound(y)
+    assert bool((refined >= plain).all()) and bool((refined > plain + 1e-3).any())
+    assert bool((refined <= exact_log_prob(net, y) + 1e-9).all())
+
+
+def test_where_mean_field_steps_overshoot_the_posterior_stays_as_it_was() -> None:
+    """Two hundred units that explain the same twenty coordinates swing about: their last step is far below the first."""
+    generator = torch.Generator().manual_seed(0)
+    net = DeepBeliefNet(DiagonalLayer(200, 20), BernoulliRBM(200, 3), EllipticalDensity.blank(20)).double()
+    with torch.no_grad():
+        for value in net.parameters():
+            value += 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    y = net.layer.sample(torch.randint(2, (10, 200), generator=generator).double(), generator)
+    plain = net.infer_hidden(y)
+    torch.testing.assert_close(net.refine_hidden(y), plain, rtol=0, atol=0)
+    # With smaller steps there is something to gain, log Z known or not.
+    net.set_log_z(exact_log_z(BernoulliRBM(3, 1, dtype=torch.float64)).estimate, 0.0)
+    assert bool((net.log_prob_bound(y, net.refine_hidden(y, rate=0.1)) > net.log_prob_bound(y) + 1).all())
+
+
+def test_parts_that_do_not_fit_and_unknown_updates_are_refused() -> None:
+    with pytest.raises(InputError, match="5 coordinates with a core over 9"):
+        DeepBeliefNet(DiagonalLayer(7, 5), BernoulliRBM(7, 2), EllipticalDensity.blank(9))
+    net = small_net("gated")
+    update = inspect.unwrap(DeepBeliefNet.gibbs_hidden)
+    with pytest.raises(InputError, match="update='recogniton'"):
+        update(net, net.sample(2), torch.zeros(2, 6).double(), update=cast(Any, "recogniton"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples_are_denoised_to_none(kind: str) -> None:
+    nothing = torch.zeros(0, DIMENSION, dtype=torch.float64)
+    found = small_net(kind).gibbs_canonical(nothing, 0.5, nothing, torch.zeros(0, 6, dtype=torch.float64))
+    assert found.shape == (0, DIMENSION)
+
+
+def test_one_state_for_many_scenes_counts_once_for_each() -> None:
+    net = small_net("gated")
+    state = states(6)[5]
+    expected = HiddenPrior(net).log_prob(state).expand(3)
+    torch.testing.assert_close(HiddenPrior(net).expand(torch.Size([3])).log_prob(state), expected)

@@ -1,6 +1,7 @@
 """Elliptical densities against SciPy and against the definition of the baselines."""
 
 import importlib.util
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -87,6 +88,11 @@ def test_wrong_parameters_are_refused() -> None:
         EllipticalDensity(mean, covariance, 2.0)
     with pytest.raises(InputError, match="floor"):
         EllipticalDensity(mean, torch.zeros(3, 3, dtype=torch.float64))
+    build, log_prob = inspect.unwrap(EllipticalDensity.__init__), EllipticalDensity(mean, covariance).log_prob
+    with pytest.raises(InputError, match=r"\(dimension, dimension\)"):
+        build(EllipticalDensity.__new__(EllipticalDensity), mean[:1], covariance)
+    with pytest.raises(InputError, match="in 3 dimensions"):
+        log_prob(torch.zeros(4, 1, dtype=torch.float64))
 
 
 def reference_baselines(shared_data: Path):

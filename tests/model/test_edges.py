@@ -87,6 +87,11 @@ def test_the_odds_are_differentiable_in_the_patch() -> None:
     assert torch.autograd.gradcheck(odds.log_odds, (y,), eps=1e-7, atol=1e-4)
 
 
+def test_no_patches_have_no_odds(odds: EdgeOdds) -> None:
+    assert edges(torch.zeros(0, 24, 24)).shape == (0, edges(torch.zeros(1, 24, 24)).shape[1])
+    assert odds.log_odds(torch.zeros(2, 0, 575)).shape == (2, 0)
+
+
 def test_too_few_patches_are_refused() -> None:
     with pytest.raises(InputError, match="at least 10"):
         EdgeOdds.fit(torch.randn(4, 575), torch.randn(40, 575))

@@ -369,6 +369,19 @@ def test_log_scale_is_normal_and_rotation_a_wrapped_normal() -> None:
         assert of_angle(angle) - of_angle(0.0) == pytest.approx(wrapped(angle) - wrapped(0.0), abs=1e-6)
 
 
+def test_sizes_in_whole_pixels_are_sizes_and_settings_are_positive() -> None:
+    whole = torch.tensor([[60, 80], [300, 200]])
+    for kind in (gazes.GazePrior, gazes.FlatGazePrior):
+        drawn = kind(whole).sample(torch.Size([5]))
+        assert drawn.shape == (5, 2, 4) and drawn.is_floating_point()
+        assert torch.equal(kind(whole).log_prob(drawn), kind(whole.float()).log_prob(drawn))
+    for settings in ({"typical": -0.3}, {"log_scale_sd": 0.0}, {"edge": math.nan}):
+        with pytest.raises(InputError, match="a positive number is needed"):
+            gazes.GazePrior(whole, **settings)
+    with pytest.raises(InputError, match="largest=-1"):
+        gazes.FlatGazePrior(whole, largest=-1.0)
+
+
 def test_a_rotation_wider_than_a_half_turn_is_refused() -> None:
     size = torch.tensor([60.0, 80.0], dtype=torch.float64)
     with pytest.raises(InputError, match="at most π"):

@@ -1,6 +1,7 @@
 """Extraction against its definition in SciPy and against kornia, its slopes against differences."""
 
 import importlib.util
+import inspect
 import math
 from pathlib import Path
 from types import ModuleType
@@ -401,6 +402,14 @@ def test_a_pyramid_changes_its_dtype_and_keeps_its_tables() -> None:
 def test_a_picture_that_is_none_is_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"picture 1 has shape .*both at least 2"):
         Pyramid.build([torch.rand(9, 9), torch.rand(shape)])
+
+
+def test_bytes_and_arrays_are_not_taken_for_intensities() -> None:
+    build = inspect.unwrap(Pyramid.build.__func__)
+    with pytest.raises(InputError, match=r"picture 1 is of torch.uint8: .*as_picture"):
+        build(Pyramid, [torch.rand(9, 9), torch.zeros(9, 9, dtype=torch.uint8)])
+    with pytest.raises(InputError, match=r"picture 0 is of float64: "):
+        build(Pyramid, [np.zeros((9, 9))])
 
 
 def test_no_pictures_make_no_pyramid() -> None:
