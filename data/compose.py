@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import Tensor
 
 from foveate.data.faces import locate_package, orl_faces
-from foveate.data.pictures import Picture, decode
+from foveate.data.pictures import MINIMUM_SIDE, Picture, decode
 from foveate.data.scenes import Scenes
 from foveate.model import gaze
 from foveate.model.errors import InputError
@@ -142,7 +142,7 @@ def orl_clutter(split: str, n: int, seed: int = 0, sizes: Sequence[tuple[int, in
     Raises:
         InputError: see `orl_scenes`.
     """
-    _check_request(n, seed)
+    _check_request(n, seed, sizes)
     backgrounds = tuple(photographs(split).values())
     pictures = []
     for i in range(n):
@@ -180,8 +180,8 @@ def compose_scenes(
     Convention: as the module.
 
     Raises:
-        InputError: an object has no gaze, there is no object or no photograph, or a square of the largest width,
-            turned, does not fit into the smallest scene.
+        InputError: an object has no gaze; there is no object, no photograph or one of another kind; a size or width is
+            none; or a square of the largest width, turned, does not fit into the smallest scene.
     """
     entropy = (seed, STREAMS["own"])
     return _compose(objects, backgrounds, n, entropy, sizes, width, turn, "composed", shoulders)
@@ -322,11 +322,28 @@ class JoinedPicture:
         return np.concatenate(cut, 1)
 
 
-def _check_request(n: int, seed: int) -> None:
+def _check_request(n: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> None:
     if n < 1:
         raise InputError(f"{n} composed scenes; ask for at least one")
     if seed < 0:
         raise InputError(f"seed {seed}: composed scenes need a seed of 0 or more")
+    if not sizes:
+        raise InputError("composing needs at least one size (height, width)")
+    for size in sizes:
+        if len(size) != 2 or min(size) < MINIMUM_SIDE:
+            raise InputError(f"a scene of size {tuple(size)}: needed is (height, width), both at least {MINIMUM_SIDE}")
+
+
+def _check_backgrounds(backgrounds: Sequence[np.ndarray]) -> None:
+    if not len(backgrounds):
+        raise InputError("composing needs at least one photograph")
+    for i, photograph in enumerate(backgrounds):
+        kind = getattr(photograph, "dtype", type(photograph).__name__)
+        if kind != np.uint8 or photograph.ndim != 2 or min(photograph.shape) < MINIMUM_SIDE:
+            raise InputError(
+                f"photograph {i} is of {kind} and shape {np.shape(photograph)}: needed is a uint8 array "
+                f"(height, width), both at least {MINIMUM_SIDE}"
+            )
 
 
 def _uniforms(entropy: tuple[int, ...], count: int) -> np.ndarray:
@@ -360,11 +377,12 @@ def _compose(
     shoulders: bool,
 ) -> Scenes:
     """`compose_scenes` with its stream of random numbers chosen."""
-    _check_request(n, entropy[0])
+    _check_request(n, entropy[0], sizes)
+    _check_backgrounds(backgrounds)
     if objects.gazes is None or bool(objects.gazes.isnan().any()):
         raise InputError("every object needs a gaze to be cut out by; leave out those without: objects.labelled()")
-    if not len(backgrounds) or not sizes:
-        raise InputError("composing needs at least one photograph and one size")
+    if not 0 < width[0] <= width[1]:
+        raise InputError(f"width={width}: needed are the least and the largest share of the shorter side, above 0")
     for height, across in sizes:
         if width[1] * min(height, across) * (math.cos(turn) + math.sin(turn)) > min(height, across):
             raise InputError(

@@ -97,6 +97,11 @@ def caltech_faces(directory: str | os.PathLike, split: str | None = None, labels
         if match:
             paths.append(path)
             numbers.append(int(match[1]))
+    if not paths:
+        raise InputError(
+            f"{folder}: none of its pictures is named image_0001.jpg …, as {boxes.name} counts them; give the folder "
+            "as published, or add a landmarks.csv"
+        )
     splits = ["test" if number <= CALTECH_LAST_TEST_IMAGE else "train" for number in numbers]
     if split is not None:
         chosen = [i for i, s in enumerate(splits) if s == split]
@@ -129,11 +134,15 @@ def webfaces(directory: str | os.PathLike, split: str | None = None, labels: Lab
     if split is not None:
         raise InputError(unknown_split(split, (), str(folder)))
     rows: dict[str, list[label_files.Label]] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         name, *cells = line.split() or [""]
         if name:
             rows.setdefault(name, []).append(_webfaces_label(cells, f"{table}, row {number}"))
-    found = {path.name: path for path in list_pictures(folder)}
+    found: dict[str, Path] = {}
+    for path in list_pictures(folder):
+        other = found.setdefault(path.name, path)
+        if other is not path:
+            raise InputError(f"{path} and {other} have one name, and rows of {WEBFACES_TABLE} name no folder; keep one")
     kept = {
         name: path for name, path in found.items() if len(rows.get(name, ())) == 1 and rows[name][0].gaze is not None
     }
@@ -172,9 +181,12 @@ def lfw(directory: str | os.PathLike, split: str | None = None, labels: Labels =
     if has_table or split is None:
         return scenes.with_people(of_scene)
     of_split = _lfw_people(root, split)
-    return scenes.with_people(of_scene, [split] * len(people)).subset(
-        [i for i, person in enumerate(people) if person in of_split]
-    )
+    chosen = [i for i, person in enumerate(people) if person in of_split]
+    if not chosen:
+        raise InputError(
+            f"{root}: has no picture of the people of @{split}; give the collection whole, or leave @{split} away"
+        )
+    return scenes.with_people(of_scene, [split] * len(people)).subset(chosen)
 
 
 def multi_pie(

@@ -84,17 +84,14 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, Mappin
     """Rows of a CSV file as ``(where, cells)``; blank lines are passed over, cells are stripped.
 
     Raises:
-        InputError: the file is no text or lacks a needed column, or a row has too few or too many cells.
+        InputError: the file may not be read, is no text, lacks a needed column or has one twice, or a row has too few
+            or too many cells.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = [column.strip() for column in next(reader, [])]
-            missing = [column for column in needed if column not in header]
-            if missing:
-                raise InputError(
-                    f"{path}: lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; add to row 1"
-                )
+            _check_header(path, header, needed)
             for cells in reader:
                 if not any(cell.strip() for cell in cells):
                     continue
@@ -104,15 +101,41 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, Mappin
                 yield row, {column: cell.strip() for column, cell in zip(header, cells, strict=True)}
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: is not a CSV file in UTF-8 ({error}); save it as one") from None
+    except OSError as error:
+        raise InputError(f"{path}: may not be read ({error.strerror})") from None
+
+
+def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in header]
+    if missing:
+        plural = "s" * (len(missing) > 1)
+        in_one = next((mark for mark in (";", "\t") if any(mark in cell for cell in header)), None)
+        if in_one is not None:
+            raise InputError(f"{path}: row 1 is separated by {in_one!r}; save the table with commas")
+        lower = {column.lower() for column in header}
+        if all(column in lower for column in missing):
+            raise InputError(f"{path}: the column{plural} {', '.join(missing)} must be in small letters in row 1")
+        raise InputError(f"{path}: lacks the column{plural} {', '.join(missing)}; add to row 1")
+    twice = [column for column in (*needed, "person", "split") if header.count(column) > 1]
+    if twice:
+        raise InputError(f"{path}: has the column {twice[0]} twice; keep the one that counts")
 
 
 def check_gaze(label: Label, name: str, size: tuple[int, int]) -> None:
-    """Refuse a gaze whose centre is not on its picture of (height, width) pixels.
+    """Refuse a gaze whose centre is not on its picture of (height, width) pixels, or that is no size of an object.
 
     Raises:
-        InputError: the centre lies outside; the message names the row, the gaze and the size.
+        InputError: the centre lies outside, or the square is less than 2 pixels or more than 4 pictures wide; the
+            message names the row, the gaze and the size.
     """
     height, width = size
+    if label.gaze is not None:
+        across = gaze.CANONICAL_SIZE * math.hypot(*label.gaze[:2])
+        if not 2 <= across <= 4 * max(size):
+            raise InputError(
+                f"{label.row}: the gaze of '{name}' is a square {across:.3g} pixels wide in a picture of "
+                f"{width}×{height}; give (a, b) in this picture's pixels for each of the 24 canonical ones"
+            )
     if label.gaze is not None and not gaze.inside(torch.tensor(label.gaze, dtype=torch.float64), height, width):
         x, y = label.gaze[2:]
         raise InputError(
@@ -127,18 +150,14 @@ def gaze_from_row(numbers: Sequence[float], row: str) -> tuple[float, float, flo
     Four numbers are ``(a, b, tx, ty)`` itself; six are left eye, right eye and mouth, each ``(x, y)``.
 
     Raises:
-        InputError: the scale is 0 or negative (``a`` ≤ 0), or the landmarks lie on one line or mirrored; the message
-            begins with `row`.
+        InputError: the scale is 0, the object is turned by 90° or more (``a`` ≤ 0), or the landmarks lie on one line or
+            mirrored; the message begins with `row`.
     """
     if len(numbers) == 4:
         a, b, tx, ty = numbers
         if a == 0 and b == 0:
             raise InputError(f"{row}: a = b = 0 is a gaze of scale 0; the scale √(a² + b²) must be positive")
-        if a <= 0:
-            raise InputError(
-                f"{row}: a = {a:g} is a negative scale or a turn of 90° or more; a must be positive "
-                "(turn the picture instead)"
-            )
+        _check_upright(a, row)
         return a, b, tx, ty
     left, right, mouth = (torch.tensor(numbers[k : k + 2], dtype=torch.float64) for k in (0, 2, 4))
     eyes, down = right - left, mouth - left
@@ -146,7 +165,16 @@ def gaze_from_row(numbers: Sequence[float], row: str) -> tuple[float, float, flo
     if eyes[0] * down[1] - eyes[1] * down[0] <= 0:
         raise InputError(f"{row}: eyes and mouth lie on one line or mirrored; 'left' is the left side of the image")
     a, b, tx, ty = gaze.from_landmarks(left, right, mouth).tolist()
+    _check_upright(a, row)
     return a, b, tx, ty
+
+
+def _check_upright(a: float, row: str) -> None:
+    if a <= 0:
+        raise InputError(
+            f"{row}: a = {a:g} is a negative scale or a turn of 90° or more; a must be positive "
+            "(turn the picture instead)"
+        )
 
 
 def _number(cell: str, column: str, row: str) -> float:

@@ -5,11 +5,12 @@ luminance (ITU-R 601, as pillow's mode ``L``), ``float32`` the luminance itself 
 """
 
 import logging
+import os
 import struct
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ CONVERSIONS = {
 # Files that cannot be used which an error names one by one.
 TOLD = 10
 EXIF_ORIENTATION = 0x0112
+# Tags of TIFF files.
+WIDTH_HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = (256, 257), 258, 262, 0
 MID_GREY = (128, 128, 128, 255)
 
 logger = logging.getLogger("foveate.data")
@@ -155,21 +158,26 @@ def list_pictures(directory: Path) -> list[Path]:
     """All pictures below a folder, by name; hidden files and other suffixes are passed over.
 
     Raises:
-        InputError: the folder is not there, is a file, or holds no picture.
+        InputError: the folder is not there, is a file, may not be listed, or holds no picture.
     """
     if not directory.exists():
         raise InputError(f"{directory}: no such folder; give a folder of pictures")
     if not directory.is_dir():
         raise InputError(f"{directory}: is a file; give the folder that holds it")
-    found = [
-        path
-        for path in directory.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and path.is_file()
-    ]
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: may not be listed ({error.strerror}); change its permissions")
+
+    found: list[Path] = []
+    for parent, folders, files in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = (Path(parent, name) for name in files if not name.startswith("."))
+        found += [path for path in here if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not found:
-        raise InputError(f"{directory}: holds no picture ({', '.join(SUFFIXES)}); give a folder with at least one")
+        raise InputError(
+            f"{directory}: holds no picture ({', '.join(SUFFIXES)}; links to folders are not followed); give a folder "
+            "with at least one"
+        )
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
@@ -231,8 +239,13 @@ def decode(path: Path) -> np.ndarray:
     Raises:
         InputError: the file cannot be decoded to its end or has values that are no luminance; the message names it.
     """
-    with _naming(path), Image.open(path) as image:
-        return _grey(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image, path)
+    with _opened(path) as image:
+        tags = _tiff_tags(image)
+        if tags.get(BITS_PER_SAMPLE) == (32,) and image.mode == "I":
+            raise InputError(f"{path}: has integers of 32 bits, whose white nobody knows; save it with 8 or 16 bits")
+        grey = _grey(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image, path)
+        # Pillow turns 8 bits round itself.
+        return 1 - grey if image.mode.startswith("I") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 
 def from_array(picture: Any, where: str) -> PictureInMemory:
@@ -261,8 +274,10 @@ def from_array(picture: Any, where: str) -> PictureInMemory:
 
 def _header(path: Path) -> tuple[tuple[int, int], list[str]]:
     """Height and width of a picture, and which conversions it will need."""
-    with _naming(path), Image.open(path) as image:
-        width, height = image.size
+    with _opened(path) as image:
+        tags = _tiff_tags(image)
+        # As stored: of a turned TIFF, and of no other format, Pillow tells the upright size.
+        width, height = (tags[tag] for tag in WIDTH_HEIGHT) if tags else image.size
         orientation = _orientation(image)
         if orientation in (5, 6, 7, 8):
             width, height = height, width
@@ -314,6 +329,19 @@ def _naming(path: Path) -> Iterator[None]:
     ) as error:
         reason = "its format is unknown or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise InputError(f"{path}: cannot be read as a picture ({reason}); replace or remove it") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture, opened; what pillow raises on it names it."""
+    # By a file, not by its path: of one that it opens itself Pillow maps the bytes of a turned TIFF in the wrong shape.
+    with _naming(path), path.open("rb") as file, Image.open(file) as image:
+        yield image
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """The tags of a TIFF, none of a picture of another format."""
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
 def _orientation(image: Image.Image) -> int:

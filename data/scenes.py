@@ -6,6 +6,7 @@ down, pixel centres at integers; a gaze is ``(a, b, tx, ty)``, canonical to scen
 
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -334,7 +335,11 @@ class Scenes(_PictureList):
                 centre outside the picture; the split is unknown.
         """
         folder = Path(directory)
-        everything = {path.relative_to(folder).as_posix(): path for path in list_pictures(folder)}
+        listed = list_pictures(folder)
+        links = [path for path in passed_over(folder, listed) if path.is_symlink()]
+        if links:
+            logger.warning("%s: %d links to folders passed over (first: %s)", folder, len(links), links[0])
+        everything = {path.relative_to(folder).as_posix(): path for path in listed}
         paths = {name: path for name, path in everything.items() if keep is None or keep(name)}
         table = label_files.find_label_file(folder)
         if table is None and labels == "required":
@@ -347,7 +352,10 @@ class Scenes(_PictureList):
             )
         found: dict[str, label_files.Label] = {}
         if table is not None and (labels != "hidden" or split is not None):
-            found = label_files.read_labels(table, hidden=labels == "hidden")
+            # Some systems write é as one letter, some as two: what looks the same is the same name.
+            same = {unicodedata.normalize("NFC", name): name for name in everything}
+            rows = label_files.read_labels(table, hidden=labels == "hidden")
+            found = {same.get(unicodedata.normalize("NFC", name), name): label for name, label in rows.items()}
             _check_rows(everything, paths, found, table, required=labels == "required")
         return _assemble(paths, found, split, str(table))
 

@@ -39,8 +39,8 @@ class EllipticalDensity(nn.Module):
         nu: degrees of freedom, above 2, or ``inf``.
 
     Raises:
-        InputError: for `nu` not above 2, or a covariance that is of another shape or not positive definite; `log_prob` for
-            points of another dimension.
+        InputError: for `nu` not above 2, or a covariance that is of another shape or not positive definite; `log_prob`
+            for points of another dimension.
     """
 
     mean: Tensor

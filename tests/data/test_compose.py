@@ -127,6 +127,18 @@ def test_wrong_requests_are_refused() -> None:
         orl_scenes("train", 0)
     with pytest.raises(InputError, match="seed -1"):
         orl_scenes("train", 3, seed=-1)
+    for make in (orl_scenes, orl_clutter):
+        with pytest.raises(InputError, match=r"size \(100, 23\): .*at least 24"):
+            make("train", 3, sizes=[(100, 23)])
+        with pytest.raises(InputError, match="at least one size"):
+            make("train", 3, sizes=[])
+    objects, photograph = orl_faces("train")[:3], np.full((60, 60), 90, np.uint8)
+    with pytest.raises(InputError, match=r"photograph 1 is of float64"):
+        compose_scenes(objects, [photograph, photograph / 255], 2)
+    with pytest.raises(InputError, match=r"shape \(60, 60, 3\)"):
+        compose_scenes(objects, [np.stack([photograph] * 3, -1)], 2)
+    with pytest.raises(InputError, match=r"width=\(0.0, 0.2\)"):
+        compose_scenes(objects, [photograph], 2, width=(0.0, 0.2))
 
 
 def test_two_orl_faces_stand_side_by_side() -> None:

@@ -65,6 +65,13 @@ def test_caltech_as_published_takes_gazes_from_head_boxes_and_splits_from_number
         caltech_faces(caltech, "dev")
 
 
+def test_caltech_without_its_pictures_is_refused(caltech: Path) -> None:
+    for path in caltech.glob("*.jpg"):
+        path.rename(path.with_name(f"photo_{path.name[-6:]}"))
+    with pytest.raises(InputError, match="none of its pictures is named image_0001"):
+        caltech_faces(caltech)
+
+
 def test_a_broken_table_of_head_boxes_is_named(caltech: Path) -> None:
     picture(caltech / "image_0099.jpg")
     with pytest.raises(InputError, match=r"no box for image_0099\.jpg"):
@@ -97,6 +104,12 @@ def test_webfaces_as_published_keeps_pictures_with_one_face(tmp_path: Path) -> N
     assert torch.allclose(scenes.gazes[0], torch.tensor([2.0, 0, 50, 36], dtype=torch.float64))
     with pytest.raises(InputError, match="unknown split 'test'; no split is given there"):
         webfaces(tmp_path, "test")
+    table.write_text("\ufeff" + table.read_text())
+    assert webfaces(tmp_path).names == ("one.jpg",)
+    picture(tmp_path / "elsewhere" / "one.jpg")
+    with pytest.raises(InputError, match=r"Caltech_WebFaces/one.jpg.* have one name"):
+        webfaces(tmp_path)
+    (tmp_path / "elsewhere" / "one.jpg").unlink()
     table.write_text("one.jpg 1 2 3")
     with pytest.raises(InputError, match="row 1: has 3 numbers, 8 are needed"):
         webfaces(tmp_path)
@@ -122,6 +135,9 @@ def test_lfw_gives_people_and_its_published_splits(lfw_home: Path) -> None:
     assert lfw(lfw_home, "test").people == ("Bob_Ray",)
     assert UnlabelledScenes.from_spec(f"lfw:{lfw_home}@test").names == ("Bob_Ray/Bob_Ray_0001.jpg",)
     with pytest.raises(InputError, match=r"needs LFW's list peopleDevTrain\.txt"):
+        lfw(lfw_home, "train")
+    (lfw_home / "lfw_home" / "peopleDevTrain.txt").write_text("1\nCy_Fox\t1\n")
+    with pytest.raises(InputError, match="no picture of the people of @train"):
         lfw(lfw_home, "train")
     with pytest.raises(InputError, match=r"neither landmarks\.csv nor gazes.csv"):
         Scenes.from_spec(f"lfw:{lfw_home}")

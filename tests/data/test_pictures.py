@@ -78,6 +78,33 @@ def test_the_exif_orientation_turns_pixels_and_size(tmp_path: Path) -> None:
     assert np.abs(opened.read()[:, 0].astype(int) - RAMP[0]).max() <= 2
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_turned_tiff_is_read_as_the_turned_picture(tmp_path: Path, orientation: int, compression: str | None) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+    image = Image.fromarray(stored)
+    exif = image.getexif()
+    exif[pictures.EXIF_ORIENTATION] = orientation
+    options = {} if compression is None else {"compression": compression}
+    path = save(tmp_path / "turned.tif", image, exif=exif, **options)
+    # What EXIF says: 3 is half a turn, 6 a quarter clockwise, 8 one counter-clockwise.
+    wanted = np.rot90(stored, {1: 0, 3: 2, 6: -1, 8: 1}[orientation])
+    np.testing.assert_array_equal(pictures.decode(path), wanted)
+    (opened,) = pictures.open_pictures([path])
+    assert opened.size == wanted.shape
+
+
+def test_sixteen_bits_whose_zero_is_white_are_read_as_they_look_and_thirty_two_are_refused(tmp_path: Path) -> None:
+    white = Image.fromarray(np.full((30, 30), 65535, np.uint16))
+    path = save(tmp_path / "negative.tif", white, tiffinfo={pictures.PHOTOMETRIC: pictures.WHITE_IS_ZERO})
+    assert Image.open(path).tag_v2[pictures.PHOTOMETRIC] == pictures.WHITE_IS_ZERO
+    np.testing.assert_array_equal(pictures.decode(path), 0.0)
+    np.testing.assert_array_equal(pictures.decode(save(tmp_path / "positive.tif", white)), 1.0)
+    wide = save(tmp_path / "wide.tif", Image.fromarray(np.full((30, 30), 200, np.int32)))
+    with pytest.raises(InputError, match="integers of 32 bits"):
+        pictures.decode(wide)
+
+
 def test_a_palette_picture_is_read_through_its_palette(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(np.stack([RAMP] * 3, -1)).convert("P"))
     assert decode(path).max() > 200

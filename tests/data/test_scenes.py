@@ -142,6 +142,10 @@ BAD_TABLES = {
     "not text": (lambda f: (f / "landmarks.csv").write_bytes(b"\xff\xfe\x00\xd8"), r"not a CSV file in UTF-8"),
     "outside": (lambda f: shift(f, 500), r"row 2: the gaze of 'a.png' has its centre at \(540.0, 30.0\), outside"),
     "mirrored": (lambda f: swap_eyes(f), r"row 2: eyes and mouth lie on one line or mirrored"),
+    "upside down": (lambda f: turn_over(f), r"row 2: a = -1.5 is a negative scale or a turn of 90° or more"),
+    "semicolons": (lambda f: replace(f, ",", ";"), r"row 1 is separated by ';'; save the table with commas"),
+    "capitals": (lambda f: replace(f, "mouth_x", "Mouth_X"), r"column mouth_x must be in small letters"),
+    "column twice": (lambda f: replace(f, "mouth_x,", "mouth_y,mouth_x,"), r"has the column mouth_y twice"),
     "both files": (lambda f: (f / "gazes.csv").write_text("file,a,b,tx,ty"), r"both landmarks.csv and gazes.csv"),
     "no file": (lambda f: (f / "landmarks.csv").unlink(), r"neither landmarks.csv nor gazes.csv"),
 }
@@ -175,6 +179,17 @@ def shift(folder: Path, by: float) -> None:
     put(folder, rows)
 
 
+def replace(folder: Path, old: str, new: str) -> None:
+    table = folder / "landmarks.csv"
+    table.write_text(table.read_text().replace(old, new))
+
+
+def turn_over(folder: Path) -> None:
+    rows = rows_of(folder)
+    rows[1] = landmark_row("a.png", torch.tensor([-1.5, 0.2, 40.0, 30.0]).double())
+    put(folder, rows)
+
+
 def swap_eyes(folder: Path) -> None:
     rows = rows_of(folder)
     rows[1][3:7] = rows[1][5:7] + rows[1][3:5]
@@ -198,6 +213,8 @@ def test_a_bad_label_file_is_refused_in_one_line_that_names_the_row(folder: Path
         (["1.5", "0", "-40", "30"], "outside"),
         (["1.5", "0", "40", "80"], "outside"),
         (["1.5", "0", "40", "x"], "not a number"),
+        (["1e-3", "0", "40", "30"], r"a square 0.024 pixels wide in a picture of 100×80"),
+        (["1e5", "0", "40", "30"], r"pixels wide in a picture of 100×80"),
     ],
 )
 def test_a_gaze_that_cannot_be_is_refused(folder: Path, numbers: list[str], message: str) -> None:
@@ -294,6 +311,18 @@ def test_what_a_folder_holds_beside_pictures_is_told(folder: Path, caplog: pytes
     (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
     assert len(UnlabelledScenes.from_files([folder])) == 2
     assert "2 passed over" in caplog.text and "c.heic" in caplog.text
+
+
+def test_links_to_folders_are_told_and_names_that_look_the_same_are_the_same(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
+    # As a Mac's archives have it: the letter and its accent are two.
+    (folder / "a.png").rename(folder / "Jose\u0301.png")
+    replace(folder, "a.png", "Jos\u00e9.png")
+    scenes = Scenes.from_folder(folder)
+    assert scenes.names == ("Jose\u0301.png", "b.png") and scenes.people == ("ann", "bob")
+    assert "1 links to folders passed over" in caplog.text and "elsewhere" in caplog.text
 
 
 def test_a_spec_names_kind_folder_and_split(folder: Path) -> None:

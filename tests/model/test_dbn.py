@@ -255,7 +255,8 @@ def test_the_distributions_of_the_program_agree_with_the_net() -> None:
     y = given.sample()
     assert y.shape == (3, DIMENSION)
     torch.testing.assert_close(prior.log_prob(h) + given.log_prob(y), net.log_joint(y, h), **EXACT)
-    torch.testing.assert_close(HiddenPrior(net).log_prob(states(6)).exp().sum(), torch.ones((), dtype=torch.float64), **EXACT)
+    total = HiddenPrior(net).log_prob(states(6)).exp().sum()
+    torch.testing.assert_close(total, torch.ones((), dtype=torch.float64), **EXACT)
 
 
 def test_contrast_groups_tile_the_patch_less_its_first_pixel() -> None:
@@ -311,7 +312,7 @@ def test_refined_posteriors_tighten_the_bound_and_leave_it_below_the_exact_log_p
 
 
 def test_where_mean_field_steps_overshoot_the_posterior_stays_as_it_was() -> None:
-    """Two hundred units that explain the same twenty coordinates swing about: their last step is far below the first."""
+    """Two hundred units that explain the same twenty coordinates swing about, and end below where they began."""
     generator = torch.Generator().manual_seed(0)
     net = DeepBeliefNet(DiagonalLayer(200, 20), BernoulliRBM(200, 3), EllipticalDensity.blank(20)).double()
     with torch.no_grad():

@@ -375,9 +375,9 @@ def test_sizes_in_whole_pixels_are_sizes_and_settings_are_positive() -> None:
         drawn = kind(whole).sample(torch.Size([5]))
         assert drawn.shape == (5, 2, 4) and drawn.is_floating_point()
         assert torch.equal(kind(whole).log_prob(drawn), kind(whole.float()).log_prob(drawn))
-    for settings in ({"typical": -0.3}, {"log_scale_sd": 0.0}, {"edge": math.nan}):
+    for wrong in ({"typical": -0.3}, {"log_scale_sd": 0.0}, {"edge": math.nan}):
         with pytest.raises(InputError, match="a positive number is needed"):
-            gazes.GazePrior(whole, **settings)
+            gazes.GazePrior(whole, **wrong)
     with pytest.raises(InputError, match="largest=-1"):
         gazes.FlatGazePrior(whole, largest=-1.0)
 
