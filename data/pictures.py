@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from foveate.model.errors import InputError
@@ -332,7 +332,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """A picture, opened; what pillow raises on it names it."""
     # By a file, not by its path: of one that it opens itself Pillow maps the bytes of a turned TIFF in the wrong shape.
     with _naming(path), path.open("rb") as file, Image.open(file) as image:

@@ -95,14 +95,14 @@ class Ambiguity(Common):
             raise InputError(f"--data {self.data}: leave @{split} away; it trains on @train and asks on @test")
         check_directory(self.out, {"results.json": "basins", "run.training": None, "ends.png": None})
         began = time.perf_counter()
+        source = None if kind == "orl" else Scenes.from_spec(f"{self.data}@test").labelled()
+        two = two_face_scenes(self.scenes, "test", self.seed, source)
         run = self._trained(kind) if self.trained is None else open_run(self.trained, self.torch_device)
         if run.model.identity is None:
             raise InputError(
                 f"{self.trained or self.data}: nobody taught this run to tell people apart; train on labelled scenes "
                 "with the column 'person', at least six people with two scenes each"
             )
-        source = None if kind == "orl" else Scenes.from_spec(f"{self.data}@test").labelled()
-        two = two_face_scenes(self.scenes, "test", self.seed, source)
         announce(f"attending to {len(two)} scenes with two people each; output: {self.out}")
         two.scenes.preload(progress=sys.stderr.isatty())
 

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +83,9 @@ class Attend(Common):
         made_of = _made_of(run, scenes, how_much)
         earlier = _begun(unfinished, made_of)
         if earlier:
+            (unfinished / "overlays").mkdir(exist_ok=True)
+            for partial in (unfinished / "overlays").glob(".*"):
+                partial.unlink()
             done = min(BATCH * len(earlier), len(scenes))
             announce(f"going on after the {done} that were done before an interruption")
         else:
@@ -99,12 +102,13 @@ class Attend(Common):
         kept, parts = _stream(earlier, posteriors, scenes, unfinished, factor)
         _report(kept, len(scenes), unfinished, factor)
         merge_netcdf(parts, unfinished / "posterior.nc")
-        for spent in (unfinished / MADE_OF, *parts):
-            spent.unlink()
+        # What every batch gave stays until all is in its place: the same command puts it there after an interruption.
+        for name in ("gazes.csv", "report.html", "posterior.nc"):
+            (unfinished / name).replace(self.out / name)
         shutil.rmtree(self.out / "overlays", ignore_errors=True)
-        for made in unfinished.iterdir():
-            made.replace(self.out / made.name)
-        unfinished.rmdir()
+        (unfinished / "overlays").replace(self.out / "overlays")
+        (unfinished / MADE_OF).unlink()
+        shutil.rmtree(unfinished)
         shown = [[str(row[0]), *(f"{v:.2f}" for v in row[5:10])] for row in rows_of(kept)]
         print_table(("file", "x", "y", "width", "degrees", "presence"), shown)
         if len(scenes) > REPORTED:
@@ -177,7 +181,11 @@ def _begun(folder: Path, made_of: str) -> list[Path]:
     told = folder / MADE_OF
     if not told.is_file() or told.read_text(encoding="utf-8") != made_of:
         return []
-    return sorted(folder.glob("posterior.*.nc"))
+    return list(takewhile(Path.is_file, (_part(folder, number) for number in count())))
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"posterior.{number:06d}.nc"
 
 
 def _stream(
@@ -186,31 +194,30 @@ def _stream(
     """Write rows, posteriors and overlays batch by batch; returns what the report shows, and the posteriors' files.
 
     Args:
-        earlier: files of the posteriors of the first pictures, whose overlays are drawn already.
+        earlier: files of the posteriors of the first pictures; of their overlays those that are not there are drawn.
         posteriors: of the other pictures.
         scenes: all pictures.
         folder: where everything is written.
         factor: see `rows_of`.
     """
     kept: list[Posterior] = []
-    parts = list(earlier)
+    parts: list[Path] = []
     done = 0
     with (folder / "gazes.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(COLUMNS)
-        written = ((True, Posterior.load(part)) for part in earlier)
-        for known, posterior in chain(written, ((False, _told_of(every)) for every in posteriors)):
-            numbers = [(done + picture, number) for picture, number in _numbered(posterior)]
+        for number, posterior in enumerate(chain(map(Posterior.load, earlier), map(_told_of, posteriors))):
+            numbers = [(done + picture, which) for picture, which in _numbered(posterior)]
             writer.writerows(rows_of(posterior, factor))
             table.flush()
-            if not known:
-                for i, (index, number) in enumerate(numbers):
-                    picture, name = scenes[index]
+            for i, (index, which) in enumerate(numbers):
+                overlay = folder / "overlays" / overlay_name(index, scenes.names[index], which)
+                if not overlay.is_file():
                     draws = posterior.gaze[i].flatten(0, 1)
-                    figure = scene_figure(picture, posterior.path[i], draws, title=_sure(posterior, i, factor))
-                    save_figure(figure, folder / "overlays" / overlay_name(index, name, number))
-                # Last: a posterior that is there says that all else of its pictures is.
-                parts.append(folder / f"posterior.{len(parts):06d}.nc")
+                    title = _sure(posterior, i, factor)
+                    save_figure(scene_figure(scenes[index].picture, posterior.path[i], draws, title=title), overlay)
+            parts.append(_part(folder, number))
+            if number >= len(earlier):
                 posterior.save(parts[-1])
             if done < REPORTED:
                 kept.append(posterior.subset([i for i, (index, _) in enumerate(numbers) if index < REPORTED]))

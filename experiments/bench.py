@@ -4,7 +4,8 @@ The posterior is p(u | v, I) of composed scenes of 448 × 296 pixels, σ = 0.05,
 in the chart of offsets (canonical pixels), log-scale / 10 and angle / 10. Leapfrog steps are timed at a fixed step size
 of 0.02 and 20 steps; effective draws per second on 500 + 500 draws, each sampler with its own warm-up: the smallest
 bulk ESS of a scene's four coordinates over its chains, median over scenes, by the seconds of warm-up and draws
-together. Compilation is left out everywhere.
+together. The HMC of the peers does not choose the number of its steps, so each has the best of several. Compilation is
+left out everywhere.
 """
 
 import json
@@ -27,7 +28,7 @@ from torch import Tensor
 from foveate.data import orl_scenes
 from foveate.data.compose import orl_clutter
 from foveate.experiments.options import Common, announce
-from foveate.experiments.outputs import check_json
+from foveate.experiments.outputs import check_json, check_picture
 from foveate.experiments.peers import Run, agreement, blackjax_hmc, numpyro_hmc, pyro_chain, require_peers, timed
 from foveate.inference.adaptation import HMCOptions
 from foveate.inference.checkpoint import write_json
@@ -55,6 +56,8 @@ SAMPLERS = (
 SIZES = ((16, 4), (1, 1), (256, 4))
 HEIGHT, WIDTH, SIGMA = 296, 448, 0.05
 STEP_SIZE, NUM_STEPS = 0.02, 20
+# Steps of a trajectory among which a peer's HMC has those that give it the most effective draws a second.
+PEER_STEPS = (2, 3, 4, 6, 10, 20)
 DRAWS = 500
 REPEATS = 3
 
@@ -71,12 +74,15 @@ class Bench(Common):
 
     def run(self) -> None:
         check_json(self.out, "rows")
+        check_picture(self.out.with_suffix(".png"))
         threads = (1, 2) if self.threads is None else (self.threads,)
         run_bench(self.out, seed=self.seed, threads=threads)
 
 
 def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
     """Run the table, each number of threads in a process of its own, and write JSON and plot.
+
+    The HMC of the peers has the best of `PEER_STEPS` steps a trajectory; what each gave is told beside it.
 
     Args:
         out: the .json file; the plot goes beside it.
@@ -183,14 +189,14 @@ def _rows(potential: GazePotential, odds: OddsScore, scenes: int, chains: int, s
         runs = [ours(function, draws, 0, **fixed) for _ in range(REPEATS)]
         yield _row(sampler, runs, adapted(function, DRAWS if function is potential else DRAWS // 5))
 
-    if large:
-        adaptations = None
-    else:
-        adaptations = {"draws": DRAWS, "warmup": DRAWS, "step_size": STEP_SIZE, "num_steps": NUM_STEPS, "seed": seed}
     for sampler, run in (("blackjax-hmc", blackjax_hmc), ("numpyro-hmc", numpyro_hmc)):
         settings = {"step_size": STEP_SIZE, "num_steps": NUM_STEPS, "seed": seed}
         runs = run(potential, chains, draws=timing, warmup=0, repeats=REPEATS, **settings)
-        yield _row(sampler, runs, run(potential, chains, **adaptations)[0] if adaptations else None)
+        row = _row(sampler, runs, None)
+        if not large:
+            adaptation = {"draws": DRAWS, "warmup": DRAWS, "step_size": STEP_SIZE, "seed": seed}
+            row |= _best({n: _effect(run(potential, chains, num_steps=n, **adaptation)[0]) for n in PEER_STEPS})
+        yield row
 
     if not large:
         plain = _Differentiated(potential)
@@ -204,19 +210,22 @@ def _pyro_row(
     sampler: str, steps: int | None, potential: GazePotential, scenes: int, chains: int, seed: int
 ) -> dict[str, Any]:
     """Pyro runs one chain at a time: a few of them, from which the time of all follows."""
-    settings: dict[str, Any] = {"step_size": STEP_SIZE, "num_steps": steps, "seed": seed}
-    runs = [pyro_chain(potential, 0, draws=10, warmup=0, **settings) for _ in range(REPEATS)]
-    sampled = [pyro_chain(potential, scene, draws=100, warmup=100, **settings) for scene in range(min(2, scenes))]
-    row = _row(sampler, runs, None)
-    # Five times the draws and all scenes and chains, one after the other; a scene's ESS is that of its chains.
-    seconds = 5 * float(np.mean([run.seconds for run in sampled])) * scenes * chains
-    ess = 5 * chains * float(np.median([_effective(run.draws) for run in sampled]))
-    return {
-        **row,
-        "ess": ess,
-        "ess_per_second": ess / seconds,
-        "subsampled": f"{len(sampled)} chains of 100 + 100 draws",
-    }
+    settings: dict[str, Any] = {"step_size": STEP_SIZE, "seed": seed}
+    runs = [pyro_chain(potential, 0, draws=10, warmup=0, num_steps=steps, **settings) for _ in range(REPEATS)]
+
+    def adapted(number: int | None) -> dict[str, Any]:
+        sampled = [
+            pyro_chain(potential, scene, draws=100, warmup=100, num_steps=number, **settings)
+            for scene in range(min(2, scenes))
+        ]
+        # Five times the draws and all scenes and chains, one after the other; a scene's ESS is that of its chains.
+        seconds = 5 * float(np.mean([run.seconds for run in sampled])) * scenes * chains
+        ess = 5 * chains * float(np.median([_effective(run.draws) for run in sampled]))
+        subsampled = f"{len(sampled)} chains of 100 + 100 draws"
+        return {"ess": ess, "ess_per_second": ess / seconds, "subsampled": subsampled}
+
+    effect = adapted(None) if steps is None else _best({number: adapted(number) for number in PEER_STEPS})
+    return _row(sampler, runs, None) | effect
 
 
 def _row(sampler: str, runs: list[Run], adapted: Run | None) -> dict[str, Any]:
@@ -229,11 +238,26 @@ def _row(sampler: str, runs: list[Run], adapted: Run | None) -> dict[str, Any]:
         "ess": None,
         "ess_per_second": None,
     }
-    if adapted is not None:
-        ess = _effective(adapted.draws)
-        row |= {"ess": ess, "ess_per_second": ess / adapted.seconds, "ess_per_cpu_second": ess / adapted.cpu_seconds}
-        row |= {"ess_draws": adapted.draws.shape[2], "ess_acceptance": adapted.acceptance}
-    return row
+    return row if adapted is None else row | _effect(adapted)
+
+
+def _effect(adapted: Run) -> dict[str, Any]:
+    """Effective draws of an adapted run."""
+    ess = _effective(adapted.draws)
+    return {
+        "ess": ess,
+        "ess_per_second": ess / adapted.seconds,
+        "ess_per_cpu_second": ess / adapted.cpu_seconds,
+        "ess_draws": adapted.draws.shape[2],
+        "ess_acceptance": adapted.acceptance,
+    }
+
+
+def _best(effects: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The effect with the most effective draws a second, and what each number of steps gave."""
+    number = max(effects, key=lambda n: effects[n]["ess_per_second"])
+    each = {str(n): effect["ess_per_second"] for n, effect in effects.items()}
+    return effects[number] | {"ess_num_steps": number, "ess_per_second_by_num_steps": each}
 
 
 def _effective(draws: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from foveate.experiments.outputs import check_run, save_figure
 from foveate.experiments.training import default_clutter, prior_figure
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.learn import Monitor, learn
+from foveate.inference.resume import discard
 from foveate.model.errors import InputError
 
 __all__ = ["Learn", "LearningBudget", "working_folder"]
@@ -89,10 +90,13 @@ class Learn(Common):
                 progress=watched.progress,
                 each_round=watched.each_round,
             )
+        run = Run(run.model, run.guide, run.config | {"learned_from": list(self.data)})
         save(run, self.out, watched.log())
-        for picture in working.glob("*.png"):
+        for earlier in self.out.glob("prior_round_*.png"):
+            earlier.unlink()
+        for picture in working.glob("prior_round_*.png"):
             shutil.move(picture, self.out / picture.name)
-        shutil.rmtree(working)
+        discard(working)
         rows = [[str(m["round"]), *(monitor_cells(Monitor(**m)))] for m in run.config["learning"]]
         print_table(("round", "learned from", "presence", "retained", "moved", "chains agree", "bound", "kept"), rows)
         print(f"\n{self.out}")
@@ -106,14 +110,18 @@ class Watched:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.began = folder, time.perf_counter()
+        self.folder = folder
         self.bars: StageBars | None = None
+        self._lines: dict[tuple[str, int], dict[str, Any]] = {}
         path = folder / "log.jsonl"
         if path.is_file():
             # A line that was being written when the power went is none.
             whole = path.read_bytes().rpartition(b"\n")
             with path.open("r+b") as file:
                 file.truncate(len(whole[0]) + len(whole[1]))
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._keep(json.loads(line))
+        self.began = time.perf_counter() - max((entry["seconds"] for entry in self._lines.values()), default=0.0)
 
     def progress(self, stage: str, done: int, total: int, figure: float) -> None:
         """A step was done."""
@@ -133,11 +141,17 @@ class Watched:
         announce(f"round {monitor.round}: {told}")
 
     def log(self) -> list[dict[str, Any]]:
-        """Every line so far."""
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        """Every line so far; of what was done once more after an interruption, the last."""
+        return list(self._lines.values())
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        key = entry["stage"], entry["round"] if entry["stage"] == "monitor" else entry["done"]
+        self._lines.pop(key, None)
+        self._lines[key] = entry
 
     def _write(self, entry: dict[str, Any]) -> None:
         entry = {"seconds": round(time.perf_counter() - self.began, 2), **entry}
+        self._keep(entry)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -53,7 +53,7 @@ from foveate.inference.attend import SMALLEST, Candidates, attend, canonical_dra
 from foveate.inference.calibration import LEVEL, Reliability, reach, reliability
 from foveate.inference.checkpoint import Run, write_json
 from foveate.inference.evaluate import jittered_starts
-from foveate.inference.guide import GazeGuide
+from foveate.inference.guide import WINDOW, GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -69,10 +69,12 @@ TOLD = {"offset": "{:g} widths off", "scale": "scale × {:g}", "rotation": "{:g}
 LOOKS, FOLLOWED, THERE = 4, 8, 0.01
 # Scenes of a collection that are shown step by step.
 SHOWN = 5
+# Failures in one sheet.
+SHEET = 200
 BATCH = 16
 
 METHODS = {
-    "guide": "foveate, guide alone",
+    "guide": "foveate, before sampling",
     "posterior": "foveate, posterior mean",
     "haar": "Haar cascade (OpenCV)",
     "correlation": "normalised cross-correlation",
@@ -142,7 +144,7 @@ class Localisation(Common):
         presence: list[Tensor] = []
         for k, run in enumerate(runs):
             for seen_there, collection in zip(seen, collections, strict=True):
-                announce(f"seed {k}, {collection.label}: {len(collection.scenes)} scenes")
+                announce(f"run {k}, {collection.label}: {len(collection.scenes)} scenes")
                 seen_there.append(_look_at(run, collection, self.sampling, self.starts, self.seed + k))
             if empty is not None:
                 presence.append(_search(run, empty).log_weight.logsumexp(-1).sigmoid())
@@ -161,28 +163,29 @@ class Localisation(Common):
                 name: {k: v.tolist() if isinstance(v, Tensor) else v for k, v in found._asdict().items()}
                 for name, found in reliable.items()
             },
-            "trained_on": list(self.train or ("orl@train",)),
+            "trained_on": [_learned_from(run) for run in runs],
+            "detectors_fitted_on": list(self.train or ("orl@train",)),
             "runs": [str(path) for path in self.runs],
             "seeds": len(runs),
             "seed": self.seed,
             "sampling": dataclasses.asdict(self.sampling),
             "seconds": time.perf_counter() - began,
         }
+        write_text(self.out / "results.md", _markdown(results))
+        write_json(self.out / "results.json", results)
         for collection, seen_there in zip(collections, seen, strict=True):
             name = _in_file_names(collection.label)
             save_figure(_steps(runs[0], collection, seen_there[0]), self.out / f"figure_4_{name}.png")
             save_figure(convergence_figure(_curves(seen_there), sampled_after=LOOKS), self.out / f"figure_5_{name}.png")
         save_figure(reliability_figure(reliable), self.out / "reliability.png")
         _write_failures(collections, seen, self.out / "failures.png")
-        write_text(self.out / "results.md", _markdown(results))
-        write_json(self.out / "results.json", results)
         for of_collection in told:
             print(f"\n{of_collection['label']}")
             print_table(TABLE_1, _table_1(of_collection))
         print(f"\n{self.out / 'results.md'}")
 
     def _trained(self, train: Scenes, labels: dict[str, Any]) -> list[Run]:
-        """A run for every seed; those that are there already, of the same seed, budget and number of scenes, are kept.
+        """A run for every seed; those that are there already, of the same seed, budget and SPECs, are kept.
 
         Raises:
             InputError: a folder holds a run of another kind.
@@ -191,7 +194,8 @@ class Localisation(Common):
         runs = []
         for k in range(self.seeds):
             folder = self.out / f"seed_{k}"
-            wanted = {**dataclasses.asdict(self.budget), "seed": self.seed + k, "scenes": len(train)}
+            learned_from = {"trained_on": list(self.train or ("orl@train",)), "clutter": self.clutter}
+            wanted = {**dataclasses.asdict(self.budget), "seed": self.seed + k, "scenes": len(train), **learned_from}
             if (folder / "config.json").is_file():
                 config = open_run(folder, self.torch_device).config
                 other = [name for name, value in wanted.items() if config.get(name) != value]
@@ -202,10 +206,16 @@ class Localisation(Common):
                     )
             else:
                 announce(f"training on {len(train)} scenes, seed {k}; the run goes to {folder}")
-                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels)
+                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels | learned_from)
                 remove_unfinished(folder)
             runs.append(open_run(folder, self.torch_device))
         return runs
+
+
+def _learned_from(run: Run) -> list[str]:
+    """The SPECs that a run has learned from, as far as it tells them."""
+    without = [f"{spec} without labels" for spec in run.config.get("learned_from", ())]
+    return [*run.config.get("trained_on", ()), *without]
 
 
 class Collection(NamedTuple):
@@ -399,7 +409,9 @@ def _counting(guide: GazeGuide) -> Iterator[Counter[str]]:
 
     def cells(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         with lock:
-            looked["cells"] += output[:, 0].numel()
+            # One window of the looks' size is one window here, too: `GazeGuide.recognise` looks at it in a mirror.
+            window = inputs[0].shape[1:] == (WINDOW, WINDOW)
+            looked["cells"] += len(inputs[0]) if window else output[:, 0].numel()
 
     def windows(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         with lock:
@@ -453,7 +465,7 @@ def _told(collection: Collection, seen: Sequence[Seen], detectors: Mapping[str, 
         ],
         "label_convention": _convention_told(collection, seen),
         "failures": [
-            {"name": collection.scenes.names[i], "seed": k, "iou": iou, "presence": presence}
+            {"name": collection.scenes.names[i], "run": k, "iou": iou, "presence": presence}
             for k, i, iou, presence in _failures(collection, seen)
         ],
     }
@@ -524,12 +536,14 @@ def _calibration(collections: Sequence[Collection], seen: Sequence[Sequence[Seen
     if len(collections) > 1:
         groups.append(("all", list(range(len(collections)))))
     factors = [one.factor for one in seen[0]]
+    names = list(dict.fromkeys(name for of_collection in reached for one in of_collection for name in one))
     told = []
     for label, members in groups:
         rows = []
         for seed, factor in enumerate(factors):
             row = {}
-            for name in reached[0][0]:
+            # Of what is known in every collection of the group.
+            for name in [name for name in names if all(name in reached[k][seed] for k in members)]:
                 values = torch.cat([reached[k][seed][name] for k in members])
                 row[f"coverage{name}"] = float((values <= 1).double().mean())
                 if factor is not None:
@@ -541,9 +555,10 @@ def _calibration(collections: Sequence[Collection], seen: Sequence[Sequence[Seen
 
 def _reached(collection: Collection, one: Seen) -> dict[str, Tensor]:
     """How far out the truth lies among the draws: the labels as they are, and re-expressed where that is known."""
-    truth = collection.truth
-    again = truth if one.convention is None else re_expressed(truth, one.convention)
-    return {"": reach(one.posterior.gaze, truth), "_re_expressed": reach(one.posterior.gaze, again)}
+    found = {"": reach(one.posterior.gaze, collection.truth)}
+    if one.convention is not None:
+        found["_re_expressed"] = reach(one.posterior.gaze, re_expressed(collection.truth, one.convention))
+    return found
 
 
 def _reliability_panels(
@@ -567,7 +582,7 @@ def _reliability_panels(
 
 
 def _failures(collection: Collection, seen: Sequence[Seen]) -> list[tuple[int, int, float, float]]:
-    """Seed, number, IoU and presence of every scene whose object was not found."""
+    """Run, number, IoU and presence of every scene whose object was not found."""
     failures = []
     for k, one in enumerate(seen):
         overlap = gazes.overlap(one.posterior.mean_gaze, collection.truth)
@@ -579,7 +594,7 @@ def _failures(collection: Collection, seen: Sequence[Seen]) -> list[tuple[int, i
 
 
 def _write_failures(collections: Sequence[Collection], seen: Sequence[Sequence[Seen]], path: Path) -> None:
-    """Every failure of every seed in one picture; an earlier picture is removed where there is none."""
+    """The first `SHEET` failures of all runs in one picture; an earlier picture is removed where there is none."""
     pictures, paths, draws, truths, titles = [], [], [], [], []
     for collection, of_collection in zip(collections, seen, strict=True):
         for k, i, overlap, presence in _failures(collection, of_collection):
@@ -590,8 +605,11 @@ def _write_failures(collections: Sequence[Collection], seen: Sequence[Sequence[S
             draws.append(posterior.gaze[i].flatten(0, 1))
             truths.append(collection.truth[i])
             name = Path(collection.scenes.names[i]).name
-            titles.append(f"{name}, seed {k}\nIoU {overlap:.2f}, presence {presence:.2f}")
+            titles.append(f"{name}, run {k}\nIoU {overlap:.2f}, presence {presence:.2f}")
     path.unlink(missing_ok=True)
+    if len(pictures) > SHEET:
+        announce(f"{path} shows {SHEET} of {len(pictures)} failures; results.json names all")
+        pictures, paths, draws, truths, titles = (of[:SHEET] for of in (pictures, paths, draws, truths, titles))
     if pictures:
         both = torch.stack(paths), torch.stack(draws)
         save_figure(scenes_figure(pictures, *both, truths=torch.stack(truths), titles=titles, columns=5), path)
@@ -638,9 +656,12 @@ def _plus_minus(figure: Mapping[str, Any], digits: int) -> str:
 
 def _markdown(results: Mapping[str, Any]) -> str:
     seeds = results["seeds"]
+    learned_from = list(dict.fromkeys(", ".join(of) for of in results["trained_on"] if of))
+    runs = f"Runs {', '.join(results['runs'])}. " if results["runs"] else ""
     parts = [
         "# Localisation\n\n"
-        f"Trained on {', '.join(results['trained_on'])}; {seeds} seed{'s' * (seeds > 1)}, mean ± standard deviation. "
+        f"{runs}{f'Trained on {learned_from[0]}. ' if len(learned_from) == 1 else ''}Haar and templates fitted on "
+        f"{', '.join(results['detectors_fitted_on'])}. {seeds} run{'s' * (seeds > 1)}, mean ± standard deviation. "
         "Accuracy is the share of scenes with IoU > 0.5. Windows are the cells of the glance, the windows of the looks "
         "and the patches of the sampler's kept leapfrog steps; for Haar and templates the positions of their grids.\n"
     ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from foveate.experiments.options import Common, StageBars, announce, open_run, r
 from foveate.experiments.outputs import check_picture, check_run, save_figure, write_text
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
+from foveate.inference.resume import discard
 from foveate.model import DeepBeliefNet
 from foveate.model.errors import InputError
 
@@ -83,6 +83,7 @@ class Train(Common):
         if unfinished.exists() and not self.resume:
             raise InputError(f"{unfinished}: holds unfinished training; go on with --resume, or remove that folder")
         scenes, labels = labelled_scenes(self.data, self.seed)
+        labels |= {"trained_on": list(self.data), "clutter": self.clutter}
         clutter = default_clutter(self.clutter, self.seed)
         announce(f"training on {len(scenes)} scenes; the run goes to {self.out}")
         scenes.preload(progress=sys.stderr.isatty())
@@ -174,7 +175,7 @@ def unfinished_training(out: Path) -> Path:
 
 def remove_unfinished(out: Path) -> None:
     """Forget how a run came about: it is whole, and whatever else was to be made of it."""
-    shutil.rmtree(unfinished_training(out), ignore_errors=True)
+    discard(unfinished_training(out))
 
 
 def default_clutter(spec: str | None, seed: int) -> Scenes | None:

@@ -576,6 +576,7 @@ def _stock(
         if stage.startswith("Sample"):
             diverged[:] = kernel.diagnostics()["divergences"]
 
+    seeds = (2**31 * KeyedNoise(settings["seed"], streams).uniform(Purpose.KERNEL, 0)[0, ..., 0]).astype(np.int64)
     for i in range(count):
         potential = potential_of(slice(i, i + 1))
 
@@ -583,7 +584,7 @@ def _stock(
             return potential.energy(params["z"][None, None])[0, 0]
 
         for c in range(chains):
-            pyro.set_rng_seed((int(streams[i, c]) + settings["seed"]) % 2**31)
+            pyro.set_rng_seed(int(seeds[i, c]))
             single: dict[str, Any] = {"step_size": 0.3, "potential_fn": energy, "adapt_mass_matrix": False}
             stock = (
                 HMC(trajectory_length=1.6, **single)

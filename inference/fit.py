@@ -113,7 +113,8 @@ def fit(
         progress: called after every step with stage, step, steps and the figure to watch.
         checkpoint: a folder where the guide's training is kept every 100 steps, to be removed when the run is saved.
             (The prior takes a minute or two and is begun anew.)
-        resume: go on from what is at `checkpoint`, if anything is, to the same result as without an interruption.
+        resume: go on from what is at `checkpoint`, if anything is, to the same result as without an interruption, on as
+            many threads.
 
     Returns:
         The run: model, guide and the configuration that made them.
@@ -148,7 +149,7 @@ def fit(
         pyramid[train], truth[train], crops[train, 0], background, None if person is None else person[train]
     )
     made_of = {
-        "scenes": digest(truth, crops),
+        "scenes": digest(truth, crops, train, *(() if person is None else (person,))),
         "clutter": None if background is None else digest(background.texels),
         "settings": [glance_steps, look_steps, width, seed],
     }

@@ -53,7 +53,7 @@ from foveate.inference.noise import KeyedNoise, stream_keys
 from foveate.inference.posterior import picture_hash
 from foveate.inference.potential import GazePotential
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
-from foveate.inference.resume import digest
+from foveate.inference.resume import digest, holds_work
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
@@ -157,7 +157,7 @@ def learn(
         seed: of every random number used.
         checkpoint: a folder that is written after every part of an E-step and every stage of an M-step; by default
             one that is gone afterwards.
-        resume: go on from `checkpoint`, to the same result bit for bit as without an interruption.
+        resume: go on from `checkpoint`, to the same result bit for bit as without an interruption, on as many threads.
         progress: called with stage, steps done, steps in all and a figure to watch.
         each_round: called after every round, and once before the first.
 
@@ -404,7 +404,6 @@ def _maximisation(
 
     def believe() -> Run:
         following = load(place / "look")
-        torch.manual_seed(plan.seed_of(number, 5))
         some = torch.randperm(len(chosen), generator=plan.generator(number, 10))[:MOST_CROPPED].sort().values
         crops = found.read("crops", chosen[some])
         sure = _chosen(_certainty(held, None), plan.generator(number, 9))
@@ -573,8 +572,9 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         **plan.numbers,
     }
     path = folder / "plan.json"
-    if not resume:
-        if folder.exists() and any(folder.iterdir()):
+    # A folder whose plan could not be written, on a full disk say, is as good as none.
+    if not resume or (folder.is_dir() and not holds_work(folder)):
+        if folder.exists() and holds_work(folder):
             raise InputError(f"{folder}: holds unfinished learning; go on from it with resume, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, described)

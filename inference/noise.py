@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     START = 4
     SEARCH = 5
     GIBBS = 6
+    KERNEL = 7
 
 
 class KeyedNoise:

@@ -6,6 +6,7 @@ radians, nats. Tensors lead with the scene.
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -272,6 +273,9 @@ class Posterior:
         return self._diagnosed("ess").amin(-1)
 
     def _diagnosed(self, statistic: str) -> Float64[Tensor, "scene 4"]:
+        # ArviZ gives NaN, too, but prints a line of its own.
+        if self.gaze.shape[2] < 4 or (statistic == "rhat" and self.gaze.shape[1] < 2):
+            return torch.full((len(self.gaze), 4), math.nan, dtype=torch.float64)
         draws = self.to_datatree()["posterior"].to_dataset()[["gaze"]]
         found = getattr(_arviz(), statistic)(draws)["gaze"]
         return torch.from_numpy(np.array(found.transpose("scene", "gaze_coordinate").values, dtype=np.float64))

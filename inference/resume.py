@@ -6,6 +6,7 @@ says of what: a checkpoint of other scenes or settings is refused. Nothing in it
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from foveate.inference.checkpoint import atomic_file, write_json
 from foveate.model.errors import InputError
 
-__all__ = ["Checkpoint", "digest"]
+__all__ = ["Checkpoint", "digest", "discard", "holds_work"]
 
 MADE_OF = "made_of.json"
 
@@ -47,7 +48,7 @@ class Checkpoint:
         Raises:
             InputError: something is there that is not to be resumed, was made of something else, or is no checkpoint.
         """
-        if folder is not None and folder.exists():
+        if folder is not None and folder.exists() and holds_work(folder):
             told = folder / MADE_OF
             if not told.is_file():
                 raise InputError(f"{folder}: holds something else than unfinished training; move it away")
@@ -127,6 +128,22 @@ class Checkpoint:
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage}.safetensors"
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether anything lies in a folder but a log and what was half written."""
+    return not folder.is_dir() or any(
+        not path.name.startswith(".") and path.name != "log.jsonl" for path in folder.iterdir()
+    )
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of unfinished work, if it is there; broken off, what is left no longer stands for work."""
+    if folder.exists():
+        spent = folder.with_name(f".{folder.name}.spent")
+        shutil.rmtree(spent, ignore_errors=True)
+        folder.rename(spent)
+        shutil.rmtree(spent, ignore_errors=True)
 
 
 def digest(*tensors: Tensor) -> str:

@@ -25,7 +25,8 @@ def in_parallel(
     """``work(item)`` of every item, in their order, several beside each other on the CPU.
 
     PyTorch's threads are dealt out: two batches on a thread each are done sooner than one after the other on two,
-    for operations as small as a gaze's keep two threads waiting for each other.
+    for operations as small as a gaze's keep two threads waiting for each other. A batch has its share however many
+    there are: what comes of it, to the last digit, does not depend on the others.
 
     Args:
         work: runs on a thread of its own, with the caller's grad mode; what it raises is raised when its turn comes.
@@ -33,7 +34,7 @@ def in_parallel(
         device: where the work is done; on anything but a CPU one piece follows the other.
     """
     threads = torch.get_num_threads()
-    beside = min(threads, len(items), _BESIDE)
+    beside = min(threads, _BESIDE)
     if beside <= 1 or (device is not None and device.type != "cpu"):
         yield from map(work, items)
         return
@@ -76,7 +77,9 @@ def share(kernel: Callable[..., None], count: int, *args: Any, least: int) -> No
         kernel(0, count, *args)
         return
     edges = [count * i // threads for i in range(threads + 1)]
-    futures = [_pool(threads - 1).submit(kernel, begin, end, *args) for begin, end in pairwise(edges[1:])]
+    # As many as batches that are worked on beside each other ask for; threads are begun when they are needed.
+    pool = _pool(_BESIDE * (threads - 1))
+    futures = [pool.submit(kernel, begin, end, *args) for begin, end in pairwise(edges[1:])]
     kernel(edges[0], edges[1], *args)
     for future in futures:
         future.result()

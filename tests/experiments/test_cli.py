@@ -316,6 +316,40 @@ def test_attending_that_fails_half_way_leaves_the_earlier_output_whole(
     assert {p: data for p, data in _contents(out).items() if attending.UNFINISHED not in p.parts} == before
 
 
+@pytest.mark.parametrize("stage", ["gazes.csv", "report.html", "posterior.nc", "overlays", "made_of.txt"])
+def test_interrupted_while_its_outputs_are_put_in_place_attending_only_puts_them_in_place(
+    tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    folder = _write_pictures(orl_scenes("train", 3, sizes=SMALL), tmp_path / "pictures")
+    words = ["attend", str(blank_run), str(folder), "--chains", "1", "--draws", "4", "--warmup", "2", *THREADS]
+    monkeypatch.setattr(attending, "BATCH", 2)
+    out = tmp_path / "out"
+    assert main([*words, "--out", str(tmp_path / "whole"), "--seed", "1"]) == 0
+    # Beside an earlier output.
+    assert main([*words, "--out", str(out)]) == 0
+
+    def interrupted(whole: Any) -> Any:
+        def at(path: Path, *rest: Any, **named: Any) -> Any:
+            if path == out / attending.UNFINISHED / stage:
+                raise KeyboardInterrupt
+            return whole(path, *rest, **named)
+
+        return at
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(Path, name, interrupted(getattr(Path, name)))
+        assert main([*words, "--out", str(out), "--seed", "1"]) == 130
+    monkeypatch.setattr(attending, "attend_batches", lambda *a, **o: pytest.fail("attended again"))
+    assert main([*words, "--out", str(out), "--seed", "1"]) == 0
+    wanted, found = (
+        {p.relative_to(place): data for p, data in _contents(place).items() if p.suffix != ".nc"}
+        for place in (tmp_path / "whole", out)
+    )
+    assert found == wanted and len(wanted) == 5
+    assert torch.equal(*(Posterior.load(place / "posterior.nc").gaze for place in (tmp_path / "whole", out)))
+
+
 def test_attending_that_was_interrupted_goes_on_to_the_same_output(
     tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 from foveate.model import gaze as gazes
+from foveate.model.patch import Pyramid
 
 SMALL = ((96, 120), (120, 96))
 
@@ -181,7 +183,13 @@ def test_the_experiment_scores_every_method_and_draws_every_figure(
     # What runs that have learned nothing fail at is on one sheet.
     failed = {"failures.png"} if told["failures"] else set()
     assert drawn == {"figure_4_faces_test.png", "figure_5_faces_test.png", "reliability.png"} | failed
+    # What is not known, labels not being comparable with what these runs have learned, is not told.
+    known = told["label_convention"] is not None
+    assert ("coverage_re_expressed" in calibration) == known
+    spec = f"folder:{tmp_path / 'faces'}@train"
+    assert results["trained_on"] == [[spec], [spec]] and results["detectors_fitted_on"] == [spec]
     text = (out / "results.md").read_text()
+    assert f"Trained on {spec}. Haar and templates fitted on {spec}. 2 runs" in text
     assert all(method in text for method in METHODS.values())
     assert METHODS["haar"] in capsys.readouterr().out
 
@@ -189,14 +197,21 @@ def test_the_experiment_scores_every_method_and_draws_every_figure(
 def test_runs_that_are_there_are_used_again_and_none_of_another_kind(
     tmp_path: Path, command: list[str], trained: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = Scenes.from_spec(f"folder:{tmp_path / 'faces'}@train")
-    experiment = Localisation(out=tmp_path / "out", seeds=1, clutter=f"folder:{tmp_path / 'clutter'}")
+    spec = f"folder:{tmp_path / 'faces'}@train"
+    train = Scenes.from_spec(spec)
+    experiment = Localisation(out=tmp_path / "out", seeds=1, clutter=f"folder:{tmp_path / 'clutter'}", train=(spec,))
     experiment._trained(train, {})
     two = dataclasses.replace(experiment, seeds=2)
     assert len(two._trained(train, {})) == 2
     assert trained == [tmp_path / "out" / "seed_0", tmp_path / "out" / "seed_1"]
     assert main([*command, "--look-steps", "3"]) == 2
     assert "this run has other look_steps than is asked for" in capsys.readouterr().err
+    # As many scenes, but others; other clutter.
+    for word, other in ((spec, spec.replace("faces", "people")), (f"folder:{tmp_path / 'clutter'}", "orl")):
+        shutil.copytree(tmp_path / "faces", tmp_path / "people", dirs_exist_ok=True)
+        place = command.index(word)
+        assert main([*command[:place], other, *command[place + 1 :]]) == 2
+        assert f"this run has other {'clutter' if other == 'orl' else 'trained_on'} than" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused_before_any_work(
@@ -207,3 +222,15 @@ def test_a_folder_of_something_else_is_refused_before_any_work(
     assert main(command) == 2
     assert "holds other things" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_window_of_the_looks_counts_once_whichever_half_of_the_guide_looks_at_it() -> None:
+    guide, pyramid = GazeGuide(4).eval(), Pyramid.build([torch.rand(60, 80)])
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 30.0]] * 3)
+    with torch.no_grad(), localisation._counting(guide) as looked:
+        guide.look(pyramid, gaze, torch.zeros(3, 24, 24), torch.zeros(3, dtype=torch.long))
+        assert looked.total() == 3
+        guide.recognise(pyramid, gaze, torch.zeros(3, dtype=torch.long), torch.zeros(3))
+        assert looked.total() == 6
+        guide.glance(torch.rand(1, 64, 40))
+    assert looked.total() == 6 + 16 * 10

@@ -366,15 +366,23 @@ def test_an_e_step_on_two_threads_finds_what_one_finds(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path: Path) -> None:
     folder = tmp_path / "ck"
-    folder.mkdir()
     with pytest.raises(InputError, match="no learning to resume"):
         learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for resume, message in ((True, "no learning to resume"), (False, "holds unfinished learning")):
+        with pytest.raises(InputError, match=message):
+            learn(small_run(), soft_scenes(30), checkpoint=folder, resume=resume)
+    assert (folder / "thesis.txt").read_text() == "mine"
+    (folder / "thesis.txt").unlink()
 
     def interrupt(now: str, done: int, total: int, figure: float) -> None:
         raise KeyboardInterrupt
 
+    # As where the plan could not be written, the disk being full: there is nothing to be lost, and a beginning.
+    (folder / "log.jsonl").write_text("")
     with pytest.raises(KeyboardInterrupt):
-        learn(small_run(), soft_scenes(30), checkpoint=folder, progress=interrupt)
+        learn(small_run(), soft_scenes(30), checkpoint=folder, resume=True, progress=interrupt)
     with pytest.raises(InputError, match="go on from it with resume"):
         learn(small_run(), soft_scenes(30), checkpoint=folder)
     with pytest.raises(InputError, match=r"another one \(seed differ\)"):

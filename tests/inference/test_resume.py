@@ -1,5 +1,6 @@
 """Training that was broken off and resumed ends where it would have ended anyway, bit for bit."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from foveate.inference.guide import GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
-from foveate.inference.resume import Checkpoint, digest
+from foveate.inference.resume import Checkpoint, digest, discard
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid
@@ -95,6 +96,32 @@ def test_a_folder_of_something_else_is_neither_read_nor_removed(tmp_path: Path) 
     with pytest.raises(InputError, match="something else than unfinished training"):
         Checkpoint.open(tmp_path, {}, resume=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_which_nothing_could_be_written_is_a_beginning(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / ".0123.partial.json").write_text("")
+    assert Checkpoint.open(tmp_path, {"seed": 3}, resume).made_of == {"seed": 3}
+
+
+def test_discarded_work_is_gone_and_half_discarded_work_is_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "training"
+    discard(folder)
+    for _ in range(2):
+        # Once broken off while files are removed, once not.
+        _kept(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda path, **options: None)
+            discard(folder)
+        assert not folder.exists() and [path.name for path in tmp_path.iterdir()] == [".training.spent"]
+        discard(folder)
+        shutil.rmtree(tmp_path / ".training.spent")
+    _kept(folder)
+    discard(folder)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "narrower"])

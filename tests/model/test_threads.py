@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from foveate.model.threads import in_parallel
+from foveate.model.threads import in_parallel, share
 
 
 @pytest.fixture(params=[1, 2, 8])
@@ -74,6 +74,25 @@ def test_threads_of_later_begin_with_the_callers_number(threads: int):
     later.start()
     later.join()
     assert seen == [threads]
+
+
+def test_a_batch_has_its_share_of_the_threads_however_many_there_are(threads: int):
+    for count in (1, 3, 20):
+        assert set(in_parallel(lambda i: torch.get_num_threads(), range(count))) == {threads // min(threads, 4)}
+
+
+def test_batches_beside_each_other_do_not_wait_for_one_anothers_helpers():
+    """Eight threads: four batches of two parts each. Every part waits for the seven others, or the barrier breaks."""
+    torch.set_num_threads(8)
+    together = threading.Barrier(8)
+    done: list[int] = []
+
+    def kernel(begin: int, end: int) -> None:
+        together.wait(timeout=30)
+        done.extend(range(begin, end))
+
+    list(in_parallel(lambda i: share(kernel, 2, least=1), range(4)))
+    assert sorted(done) == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("grad", [True, False])
