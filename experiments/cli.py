@@ -2,10 +2,12 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
 import tyro
+from PIL import Image
 from safetensors import SafetensorError
 
 from foveate.experiments.ambiguity import Ambiguity
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words behind `foveate`; those of this process by default.
     """
     logging.basicConfig(format="%(message)s")  # what was converted about pictures, to standard error
+    # Of photographs of 90 megapixels and more; Pillow refuses by an error what is twice as large.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     commands = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in COMMANDS.items()]
     # A union of as many types as there are entries, which cannot be written with |.
     anyone: Any = Union[tuple(commands)]  # noqa: UP007

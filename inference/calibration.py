@@ -81,9 +81,11 @@ def coverage_factor(reached: Float[Tensor, " scene"], level: float = LEVEL) -> f
     """The factor on the posterior sds with which the region of `level` holds the truth of that share of scenes.
 
     The conformal quantile, number ⌈(n + 1) level⌉ of n in order: the next scene of the same kind is covered with at
-    least that probability, however wrong the model is (Vovk et al. 2005). Of fewer than ``level / (1 - level)`` scenes,
-    nine at 0.9, no factor is known to be enough: the largest is taken, which covers n of n + 1. A scene whose draws are
-    all the same is out of reach of any factor, and counts as farther off than every other. 1 where there is none.
+    least that probability, however wrong the model is (Vovk et al. 2005), if they had no part in it; `fit` trains
+    nothing on them, but chooses noise, temperature and when to stop by them. Of fewer than ``level / (1 - level)``
+    scenes, nine at 0.9, no factor is known to be enough: the largest is taken, which covers n of n + 1. A scene whose
+    draws are all the same is out of reach of any factor, and counts as farther off than every other. 1 where there is
+    none.
 
     Args:
         reached: of `reach`, on scenes that nothing was trained on.
