@@ -60,7 +60,7 @@ def read_labels(path: Path, hidden: bool = False) -> dict[str, Label]:
         hidden: read the columns ``file`` and ``split`` alone; the others are not looked at and may hold anything.
 
     Raises:
-        InputError: a column is missing, a cell is no number, a picture has two rows, or three landmarks make no gaze.
+        InputError: a column is missing, a cell is no number, a picture has two rows, or what `gaze_from_row` raises.
     """
     columns = () if hidden else LABEL_FILES[path.name]
     labels: dict[str, Label] = {}

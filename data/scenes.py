@@ -331,14 +331,14 @@ class Scenes(_PictureList):
         Raises:
             InputError: the folder is missing or empty; a picture is unreadable, truncated or too small; the label file
                 is missing (when required), lacks a column or a picture's row (when required), names an absent picture,
-                or has two rows for one picture, a cell that is no number, a gaze of no positive scale or with its
-                centre outside the picture; the split is unknown.
+                or has two rows for one picture, a cell that is no number, a gaze turned by 90° or more, with its centre
+                outside the picture or of no size of an object (`foveate.data.labels.check_gaze`); the split is unknown.
         """
         folder = Path(directory)
         listed = list_pictures(folder)
-        links = [path for path in passed_over(folder, listed) if path.is_symlink()]
+        links = [path for path in passed_over(folder, listed) if path.is_symlink() and path.is_dir()]
         if links:
-            logger.warning("%s: %d links to folders passed over (first: %s)", folder, len(links), links[0])
+            logger.warning("%s: %d linked folder(s) passed over (first: %s)", folder, len(links), links[0])
         everything = {path.relative_to(folder).as_posix(): path for path in listed}
         paths = {name: path for name, path in everything.items() if keep is None or keep(name)}
         table = label_files.find_label_file(folder)
@@ -352,10 +352,8 @@ class Scenes(_PictureList):
             )
         found: dict[str, label_files.Label] = {}
         if table is not None and (labels != "hidden" or split is not None):
-            # Some systems write é as one letter, some as two: what looks the same is the same name.
-            same = {unicodedata.normalize("NFC", name): name for name in everything}
             rows = label_files.read_labels(table, hidden=labels == "hidden")
-            found = {same.get(unicodedata.normalize("NFC", name), name): label for name, label in rows.items()}
+            found = _by_file_name(rows, everything)
             _check_rows(everything, paths, found, table, required=labels == "required")
         return _assemble(paths, found, split, str(table))
 
@@ -595,6 +593,27 @@ def _assemble(paths: dict[str, Path], labels: dict[str, label_files.Label], spli
     unknown = (float("nan"),) * 4
     gazes = torch.tensor([row.gaze or unknown for row in rows], dtype=torch.float64)
     return Scenes(pictures, list(paths), gazes, [row.person for row in rows], [row.split for row in rows])
+
+
+def _by_file_name(rows: dict[str, label_files.Label], names: Iterable[str]) -> dict[str, label_files.Label]:
+    """Labels by the names of files as they are; some systems write é as one letter, some as two.
+
+    A row that names a file exactly is that file's; any other that of the file whose name looks the same.
+    """
+    exact = set(names)
+    alike: dict[str, list[str]] = {}
+    for name in exact:
+        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    found: dict[str, label_files.Label] = {}
+    for name, label in rows.items():
+        candidates = [name] if name in exact else alike.get(unicodedata.normalize("NFC", name), [name])
+        file = candidates[0] if len(candidates) == 1 else name
+        if file in found:
+            raise InputError(
+                f"{label.row}: picture '{file}' already has a row ({found[file].row}); keep one of the two"
+            )
+        found[file] = label
+    return found
 
 
 def _check_rows(

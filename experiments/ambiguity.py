@@ -120,12 +120,15 @@ class Ambiguity(Common):
     def _trained(self, kind: str) -> Run:
         if kind == "orl":
             train, clutter = orl_scenes("train", SCENES, self.seed), orl_clutter("train", CLUTTER, self.seed)
+            specs = ["orl@train"]
         else:
             own = Scenes.from_spec(f"{self.data}@train").labelled()
             train = Scenes.concatenate([own, orl_scenes("train", BESIDE, self.seed)])
             clutter = default_clutter(None, self.seed)
+            specs = [f"{self.data}@train", "orl@train"]
         announce(f"learning from {len(train)} scenes of other people; the run goes to {self.out / 'run'}")
-        return fit_logged(train, clutter, self.out / "run", self.budget, self.seed, self.torch_device)
+        labels = {"trained_on": specs}
+        return fit_logged(train, clutter, self.out / "run", self.budget, self.seed, self.torch_device, labels)
 
 
 class _Asker:

@@ -212,7 +212,7 @@ def _stream(
             table.flush()
             for i, (index, which) in enumerate(numbers):
                 overlay = folder / "overlays" / overlay_name(index, scenes.names[index], which)
-                if not overlay.is_file():
+                if number >= len(earlier) or not overlay.is_file():
                     draws = posterior.gaze[i].flatten(0, 1)
                     title = _sure(posterior, i, factor)
                     save_figure(scene_figure(scenes[index].picture, posterior.path[i], draws, title=title), overlay)

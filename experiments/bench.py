@@ -256,7 +256,8 @@ def _effect(adapted: Run) -> dict[str, Any]:
 
 def _best(effects: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The effect with the most effective draws a second, and what each number of steps gave."""
-    number = max(effects, key=lambda n: effects[n]["ess_per_second"])
+    # Chains that never move have no number of effective draws.
+    number = max(effects, key=lambda n: np.nan_to_num(effects[n]["ess_per_second"], nan=-1.0))
     each = {str(n): effect["ess_per_second"] for n, effect in effects.items()}
     return effects[number] | {"ess_num_steps": number, "ess_per_second_by_num_steps": each}
 

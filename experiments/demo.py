@@ -78,7 +78,8 @@ class Demo(Common):
         announce(
             f"learning from {len(train)} composed scenes, then attending to {len(unseen)} unseen; output: {self.out}"
         )
-        run = fit_logged(train, clutter, self.out / "run", self.budget, self.seed, self.torch_device)
+        labels = {"trained_on": ["orl@train"]}
+        run = fit_logged(train, clutter, self.out / "run", self.budget, self.seed, self.torch_device, labels)
         trained = time.perf_counter()
 
         how_much: dict[str, Any] = dataclasses.asdict(self.sampling)

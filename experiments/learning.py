@@ -141,13 +141,12 @@ class Watched:
         announce(f"round {monitor.round}: {told}")
 
     def log(self) -> list[dict[str, Any]]:
-        """Every line so far; of what was done once more after an interruption, the last."""
+        """Every line so far; of what was told once more after an interruption, the first."""
         return list(self._lines.values())
 
     def _keep(self, entry: dict[str, Any]) -> None:
         key = entry["stage"], entry["round"] if entry["stage"] == "monitor" else entry["done"]
-        self._lines.pop(key, None)
-        self._lines[key] = entry
+        self._lines.setdefault(key, entry)
 
     def _write(self, entry: dict[str, Any]) -> None:
         entry = {"seconds": round(time.perf_counter() - self.began, 2), **entry}

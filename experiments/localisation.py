@@ -198,7 +198,9 @@ class Localisation(Common):
             wanted = {**dataclasses.asdict(self.budget), "seed": self.seed + k, "scenes": len(train), **learned_from}
             if (folder / "config.json").is_file():
                 config = open_run(folder, self.torch_device).config
-                other = [name for name, value in wanted.items() if config.get(name) != value]
+                # Runs of earlier versions do not tell what they have learned from.
+                told = wanted.keys() - (learned_from.keys() - config.keys())
+                other = [name for name, value in wanted.items() if name in told and config.get(name) != value]
                 if other:
                     raise InputError(
                         f"{folder}: this run has other {', '.join(other)} than is asked for; name another place with "

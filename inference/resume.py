@@ -6,6 +6,7 @@ says of what: a checkpoint of other scenes or settings is refused. Nothing in it
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from foveate.model.errors import InputError
 __all__ = ["Checkpoint", "digest", "discard", "holds_work"]
 
 MADE_OF = "made_of.json"
+
+logger = logging.getLogger("foveate.inference")
 
 
 class Checkpoint:
@@ -139,11 +142,18 @@ def holds_work(folder: Path) -> bool:
 
 def discard(folder: Path) -> None:
     """Remove a folder of unfinished work, if it is there; broken off, what is left no longer stands for work."""
-    if folder.exists():
-        spent = folder.with_name(f".{folder.name}.spent")
-        shutil.rmtree(spent, ignore_errors=True)
+    if not folder.exists():
+        return
+    spent = folder.with_name(f".{folder.name}.spent")
+    shutil.rmtree(spent, ignore_errors=True)
+    try:
         folder.rename(spent)
-        shutil.rmtree(spent, ignore_errors=True)
+    except OSError:
+        # It could not be removed when it was spent before: in its own place, then.
+        spent = folder
+    shutil.rmtree(spent, ignore_errors=True)
+    if spent.exists():
+        logger.warning("%s: could not be removed; nothing needs it any more", spent)
 
 
 def digest(*tensors: Tensor) -> str:

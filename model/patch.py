@@ -161,11 +161,13 @@ class Pyramid:
         """Of patches: the texels' own, float32 for bytes."""
         return self.texels.dtype if self.texels.is_floating_point() else torch.float32
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> "Pyramid":
+    def __getitem__(self, index: int | slice | Tensor | np.ndarray | np.integer | Sequence[int]) -> "Pyramid":
         """The scenes of `index`, sharing this pyramid's texels."""
         pick: Any = index
         if not isinstance(index, slice | Tensor):
-            pick = torch.as_tensor(np.atleast_1d(index), dtype=torch.int64, device=self.size.device)
+            chosen = np.atleast_1d(index)
+            # Of nothing NumPy makes floats.
+            pick = torch.as_tensor(chosen if chosen.size else chosen.astype(np.int64), device=self.size.device)
         return Pyramid(
             self.texels, self.offset[pick], self.rows[pick], self.columns[pick], self.stride[pick], self.size[pick]
         )

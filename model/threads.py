@@ -25,8 +25,8 @@ def in_parallel(
     """``work(item)`` of every item, in their order, several beside each other on the CPU.
 
     PyTorch's threads are dealt out: two batches on a thread each are done sooner than one after the other on two,
-    for operations as small as a gaze's keep two threads waiting for each other. A batch has its share however many
-    there are: what comes of it, to the last digit, does not depend on the others.
+    for operations as small as a gaze's keep two threads waiting for each other. Fewer batches than threads have more of
+    them each, which changes the last digits of what comes of them.
 
     Args:
         work: runs on a thread of its own, with the caller's grad mode; what it raises is raised when its turn comes.
@@ -34,7 +34,7 @@ def in_parallel(
         device: where the work is done; on anything but a CPU one piece follows the other.
     """
     threads = torch.get_num_threads()
-    beside = min(threads, _BESIDE)
+    beside = min(threads, len(items), _BESIDE)
     if beside <= 1 or (device is not None and device.type != "cpu"):
         yield from map(work, items)
         return

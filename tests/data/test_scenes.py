@@ -1,6 +1,7 @@
 """Scenes: indexing, folders with label files, SPECs, and every kind of bad input."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -322,7 +323,19 @@ def test_links_to_folders_are_told_and_names_that_look_the_same_are_the_same(
     replace(folder, "a.png", "Jos\u00e9.png")
     scenes = Scenes.from_folder(folder)
     assert scenes.names == ("Jose\u0301.png", "b.png") and scenes.people == ("ann", "bob")
-    assert "1 links to folders passed over" in caplog.text and "elsewhere" in caplog.text
+    assert "1 linked folder(s) passed over" in caplog.text and "elsewhere" in caplog.text
+    # Two rows for what is one file are two rows, and two files with such names are each their own row's.
+    both = [*rows_of(folder), landmark_row("Jose\u0301.png", TRUE_GAZE[1])]
+    put(folder, both)
+    with pytest.raises(InputError, match=r"row 4: picture 'Jose\u0301.png' already has a row .*row 2"):
+        Scenes.from_folder(folder)
+    shutil.copy(folder / "b.png", folder / "Jos\u00e9.png")
+    scenes = Scenes.from_folder(folder)
+    assert scenes.gazes is not None
+    by_name = dict(zip(scenes.names, scenes.gazes, strict=True))
+    assert torch.allclose(by_name["Jos\u00e9.png"], TRUE_GAZE[0]) and torch.allclose(
+        by_name["Jose\u0301.png"], TRUE_GAZE[1]
+    )
 
 
 def test_a_spec_names_kind_folder_and_split(folder: Path) -> None:

@@ -304,9 +304,10 @@ def test_a_part_of_a_pyramid_reads_its_own_scenes_and_shares_the_texels() -> Non
     at = torch.stack([gazes_of_every_kind(s) for s in SIZES])
     wanted = pyramid.extract(at)
     assert len(pyramid) == 4
-    for index in (2, slice(1, 3), [3, 0], torch.tensor([1, 1, 2])):
+    mask = [True, False, True, False]
+    for index in (2, np.int64(2), slice(1, 3), [3, 0], torch.tensor([1, 1, 2]), mask, np.array(mask)):
         part = pyramid[index]
-        rows = at[index if not isinstance(index, int) else [index]]
+        rows = at[[index] if isinstance(index, int | np.integer) else index]
         torch.testing.assert_close(part.extract(rows), wanted[index].reshape(part.extract(rows).shape), rtol=0, atol=0)
         assert part.texels is pyramid.texels
     which = torch.tensor([3, 1, 1, 0])

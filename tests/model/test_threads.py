@@ -76,11 +76,6 @@ def test_threads_of_later_begin_with_the_callers_number(threads: int):
     assert seen == [threads]
 
 
-def test_a_batch_has_its_share_of_the_threads_however_many_there_are(threads: int):
-    for count in (1, 3, 20):
-        assert set(in_parallel(lambda i: torch.get_num_threads(), range(count))) == {threads // min(threads, 4)}
-
-
 def test_batches_beside_each_other_do_not_wait_for_one_anothers_helpers():
     """Eight threads: four batches of two parts each. Every part waits for the seven others, or the barrier breaks."""
     torch.set_num_threads(8)
