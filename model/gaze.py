@@ -392,9 +392,13 @@ def log_prior(prior: TorchDistributionMixin, gaze: Float[Tensor, "*batch 4"]) ->
     return torch.where(within, prior.log_prob(torch.where(within[..., None], gaze, inside)), -math.inf)
 
 
-def _check_positive(**settings: float) -> None:
+def _check_positive(**settings: float | Tensor) -> None:
     for name, value in settings.items():
-        if not (value > 0 and math.isfinite(value)):
+        if isinstance(value, Tensor):
+            positive = bool(((value > 0) & value.isfinite()).all())
+        else:
+            positive = value > 0 and math.isfinite(value)
+        if not positive:
             raise InputError(f"{name}={value}: a positive number is needed")
 
 
