@@ -128,15 +128,16 @@ def check_gaze(label: Label, name: str, size: tuple[int, int]) -> None:
         InputError: the centre lies outside, or the square is less than 2 pixels or more than 4 pictures wide; the
             message names the row, the gaze and the size.
     """
+    if label.gaze is None:
+        return
     height, width = size
-    if label.gaze is not None:
-        across = gaze.CANONICAL_SIZE * math.hypot(*label.gaze[:2])
-        if not 2 <= across <= 4 * max(size):
-            raise InputError(
-                f"{label.row}: the gaze of '{name}' is a square {across:.3g} pixels wide in a picture of "
-                f"{width}×{height}; give (a, b) in this picture's pixels for each of the 24 canonical ones"
-            )
-    if label.gaze is not None and not gaze.inside(torch.tensor(label.gaze, dtype=torch.float64), height, width):
+    across = gaze.CANONICAL_SIZE * math.hypot(*label.gaze[:2])
+    if not 2 <= across <= 4 * max(size):
+        raise InputError(
+            f"{label.row}: the gaze of '{name}' is a square {across:.3g} pixels wide in a picture of "
+            f"{width}×{height}; give (a, b) in this picture's pixels for each of the 24 canonical ones"
+        )
+    if not gaze.inside(torch.tensor(label.gaze, dtype=torch.float64), height, width):
         x, y = label.gaze[2:]
         raise InputError(
             f"{label.row}: the gaze of '{name}' has its centre at ({x:.1f}, {y:.1f}), outside the picture of "

@@ -26,7 +26,7 @@ from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import attend_batches
 from foveate.inference.checkpoint import Run
 from foveate.inference.posterior import Posterior
-from foveate.inference.resume import digest
+from foveate.inference.resume import digest, discard
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
 
@@ -107,8 +107,7 @@ class Attend(Common):
             (unfinished / name).replace(self.out / name)
         shutil.rmtree(self.out / "overlays", ignore_errors=True)
         (unfinished / "overlays").replace(self.out / "overlays")
-        (unfinished / MADE_OF).unlink()
-        shutil.rmtree(unfinished)
+        discard(unfinished)
         shown = [[str(row[0]), *(f"{v:.2f}" for v in row[5:10])] for row in rows_of(kept)]
         print_table(("file", "x", "y", "width", "degrees", "presence"), shown)
         if len(scenes) > REPORTED:

@@ -194,12 +194,12 @@ class Localisation(Common):
         runs = []
         for k in range(self.seeds):
             folder = self.out / f"seed_{k}"
-            learned_from = {"trained_on": list(self.train or ("orl@train",)), "clutter": self.clutter}
-            wanted = {**dataclasses.asdict(self.budget), "seed": self.seed + k, "scenes": len(train), **learned_from}
+            taught = {"trained_on": list(self.train or ("orl@train",)), "clutter": self.clutter}
+            wanted = {**dataclasses.asdict(self.budget), "seed": self.seed + k, "scenes": len(train), **taught}
             if (folder / "config.json").is_file():
                 config = open_run(folder, self.torch_device).config
                 # Runs of earlier versions do not tell what they have learned from.
-                told = wanted.keys() - (learned_from.keys() - config.keys())
+                told = wanted.keys() - (taught.keys() - config.keys())
                 other = [name for name, value in wanted.items() if name in told and config.get(name) != value]
                 if other:
                     raise InputError(
@@ -208,7 +208,7 @@ class Localisation(Common):
                     )
             else:
                 announce(f"training on {len(train)} scenes, seed {k}; the run goes to {folder}")
-                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels | learned_from)
+                fit_logged(train, clutter, folder, self.budget, self.seed + k, self.torch_device, labels | taught)
                 remove_unfinished(folder)
             runs.append(open_run(folder, self.torch_device))
         return runs

@@ -572,13 +572,13 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         **plan.numbers,
     }
     path = folder / "plan.json"
-    # A folder whose plan could not be written, on a full disk say, is as good as none.
-    if not resume or (folder.is_dir() and not holds_work(folder)):
-        if folder.exists() and holds_work(folder):
-            raise InputError(f"{folder}: holds unfinished learning; go on from it with resume, or remove it")
+    # A folder whose plan could not be written, on a full disk say, is a beginning with resume, too.
+    if not holds_work(folder) and (folder.is_dir() or not resume):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, described)
         return
+    if not resume:
+        raise InputError(f"{folder}: holds unfinished learning; go on from it with resume, or remove it")
     if not path.is_file():
         raise InputError(f"{folder}: holds no learning to resume; leave resume away")
     earlier = json.loads(path.read_text(encoding="utf-8"))

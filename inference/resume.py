@@ -51,7 +51,7 @@ class Checkpoint:
         Raises:
             InputError: something is there that is not to be resumed, was made of something else, or is no checkpoint.
         """
-        if folder is not None and folder.exists() and holds_work(folder):
+        if folder is not None and holds_work(folder):
             told = folder / MADE_OF
             if not told.is_file():
                 raise InputError(f"{folder}: holds something else than unfinished training; move it away")
@@ -134,10 +134,10 @@ class Checkpoint:
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether anything lies in a folder but a log and what was half written."""
-    return not folder.is_dir() or any(
-        not path.name.startswith(".") and path.name != "log.jsonl" for path in folder.iterdir()
-    )
+    """Whether a folder is there and holds anything but a log and what was half written; so does a file in its place."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not path.name.startswith(".") and path.name != "log.jsonl" for path in folder.iterdir())
 
 
 def discard(folder: Path) -> None:

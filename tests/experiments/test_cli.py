@@ -316,7 +316,7 @@ def test_attending_that_fails_half_way_leaves_the_earlier_output_whole(
     assert {p: data for p, data in _contents(out).items() if attending.UNFINISHED not in p.parts} == before
 
 
-@pytest.mark.parametrize("stage", ["gazes.csv", "report.html", "posterior.nc", "overlays", "made_of.txt"])
+@pytest.mark.parametrize("stage", ["gazes.csv", "report.html", "posterior.nc", "overlays", "."])
 def test_interrupted_while_its_outputs_are_put_in_place_attending_only_puts_them_in_place(
     tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -337,7 +337,7 @@ def test_interrupted_while_its_outputs_are_put_in_place_attending_only_puts_them
         return at
 
     with monkeypatch.context() as patch:
-        for name in ("replace", "unlink"):
+        for name in ("replace", "rename"):
             patch.setattr(Path, name, interrupted(getattr(Path, name)))
         assert main([*words, "--out", str(out), "--seed", "1"]) == 130
     monkeypatch.setattr(attending, "attend_batches", lambda *a, **o: pytest.fail("attended again"))

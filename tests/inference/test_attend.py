@@ -265,6 +265,17 @@ def test_a_prior_within_bounds_is_searched_and_sampled_within_them(world: World)
     assert bool(((gaze >= low) & (gaze <= low + 6)).all())
 
 
+def test_pyros_own_kernels_share_no_random_numbers_between_chains_scenes_and_seeds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(pyro, "set_rng_seed", seeds.append)
+    how: dict[str, Any] = {"chains": 3, "draws": 1, "warmup": 0, "kernel": "hmc"}
+    for seed in range(3):
+        attend(world.model, world.guide, world.scenes[:2], start=world.start[:2], seed=seed, **how)
+    assert len(set(seeds)) == len(seeds) == 3 * 3 * 2
+
+
 def test_pyros_own_kernels_leave_the_global_generators_as_they_were(world: World) -> None:
     pyro.set_rng_seed(5)
     expected = torch.rand(2)

@@ -172,16 +172,17 @@ def test_gibbs_of_the_canonical_image_keeps_the_posterior_of_the_layer(kind: str
         assert bool((difference.abs() < 4.5 * spread).all())
 
 
+@pytest.mark.parametrize("spread", [2.0, 5.0])
 @pytest.mark.parametrize("most", [0, 200], ids=["direct", "conjugate gradients"])
 def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
-    most: int, monkeypatch: pytest.MonkeyPatch
+    most: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against one solution at a time, in the norm of each matrix, with the bound that is promised."""
     monkeypatch.setattr(dbn_module, "MOST_ITERATIONS", most)
     generator = torch.Generator().manual_seed(3)
     factor = torch.randn(40, 40, generator=generator, dtype=torch.float64)
     common = factor.T @ torch.diag(torch.logspace(-3, 3, 40).double()) @ factor
-    diagonal = torch.exp(2 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
+    diagonal = torch.exp(spread * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64))
     right = 10 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64)
     found = dbn_module._solve(common, diagonal, right)
     for at in itertools.product(range(2), range(5)):
@@ -189,8 +190,9 @@ def test_many_systems_that_differ_in_their_diagonals_are_solved_at_once(
         away = found[at] - torch.linalg.solve(matrix, right[at])
         mean = diagonal.log().reshape(-1, 40).mean(0).exp()
         ratio = max(1.0, float((mean / diagonal[at]).max()))
-        # Diagonals differ by e^(2 · 3) here: none is farther off than 20.
-        assert float(away @ matrix @ away) ** 0.5 < min(ratio**0.5, 20) * dbn_module.SOLVED
+        # Where diagonals differ by e^(2 · 3) none is farther off than 20.
+        most_off = min(ratio**0.5, 20) if spread == 2 else ratio**0.5
+        assert float(away @ matrix @ away) ** 0.5 < most_off * dbn_module.SOLVED
 
 
 def test_systems_that_iteration_does_not_solve_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +323,8 @@ def test_where_mean_field_steps_overshoot_the_posterior_stays_as_it_was() -> Non
     y = net.layer.sample(torch.randint(2, (10, 200), generator=generator).double(), generator)
     plain = net.infer_hidden(y)
     torch.testing.assert_close(net.refine_hidden(y), plain, rtol=0, atol=0)
-    # With smaller steps there is something to gain, log Z known or not.
-    net.set_log_z(exact_log_z(BernoulliRBM(3, 1, dtype=torch.float64)).estimate, 0.0)
+    # With smaller steps there is something to gain; log Z was not known above, and is any number here.
+    net.set_log_z(0.0, 0.0)
     assert bool((net.log_prob_bound(y, net.refine_hidden(y, rate=0.1)) > net.log_prob_bound(y) + 1).all())
 
 
