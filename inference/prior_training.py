@@ -518,7 +518,8 @@ def _neighbourhood_covariance(covariance: Tensor, radius: int, stationary: float
     """The covariance of the field in which a pixel, given all before it in raster order, depends on near ones only.
 
     The regressions' moments are ``(local + stationary · pooled) / (1 + stationary)``, pooled being the mean over all
-    places whose neighbourhood lies within the patch. The last pixel is what makes the patch sum to zero.
+    places whose neighbourhood lies within the patch. Patches sum to zero, and the field is conditioned on that: to
+    give one pixel what the others lack to zero would let that pixel vary by thousands.
     """
     basis = _pixel_basis(covariance)
     moments = basis @ covariance @ basis.T
@@ -526,7 +527,7 @@ def _neighbourhood_covariance(covariance: Tensor, radius: int, stationary: float
     # A disc a little larger than its radius, cut to the half-plane of earlier pixels.
     offsets = [(r, c) for r in reach for c in reach if (r, c) < (0, 0) and r * r + c * c <= radius * radius + 1]
     step = torch.tensor([*offsets, (0, 0)], device=covariance.device)
-    pixel = torch.arange(DIMENSION, device=covariance.device)
+    pixel = torch.arange(PIXELS, device=covariance.device)
     row, column = pixel[:, None] // SIDE + step[:, 0], pixel[:, None] % SIDE + step[:, 1]
     valid = (row >= 0) & (column >= 0) & (column < SIDE)
     index = torch.where(valid, row * SIDE + column, 0)
@@ -538,12 +539,11 @@ def _neighbourhood_covariance(covariance: Tensor, radius: int, stationary: float
     mixed += torch.diag_embed(torch.where(valid, 1e-6, 1.0).to(mixed.dtype))
     weights = torch.linalg.solve(mixed[:, :-1, :-1], mixed[:, :-1, -1])
     residual = mixed[:, -1, -1] - (weights * mixed[:, :-1, -1]).sum(1)
-    rows = torch.zeros(DIMENSION, PIXELS, dtype=covariance.dtype, device=covariance.device)
+    rows = torch.zeros(PIXELS, PIXELS, dtype=covariance.dtype, device=covariance.device)
     rows.scatter_add_(1, index[:, :-1], -weights * valid[:, :-1])
     rows[pixel, pixel] += 1.0
     whitening = (rows / residual.clamp(min=1e-6).sqrt()[:, None]) @ basis
-    inverse = torch.linalg.inv(whitening)
-    return inverse @ inverse.T
+    return torch.linalg.inv(whitening.T @ whitening)
 
 
 def _best_student(square: Tensor, log_det: Tensor) -> tuple[float, float, float]:
