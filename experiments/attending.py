@@ -245,10 +245,10 @@ def _report(posterior: Posterior, count: int, folder: Path, factor: float) -> No
     report = Report("Where the object is, and how sure")
     shown = f"the first {REPORTED} of {count} pictures" if count > REPORTED else f"{count} pictures"
     report.paragraph(
-        f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue; thin squares are draws of "
-        "its posterior. Presence is the probability that the picture shows the object at all; ± is the posterior "
-        "standard deviation of the position (scene pixels), the size and the rotation, times the factor that scenes "
-        "held out of training asked for."
+        f"This page shows {shown}; gazes.csv has all. The gaze moves from yellow to blue (where no look moved it, the "
+        "first squares lie under a later one); thin squares are draws of its posterior. Presence is the probability "
+        "that the picture shows the object at all; ± is the posterior standard deviation of the position (scene "
+        "pixels), the size and the rotation, times the factor that scenes held out of training asked for."
     )
     report.figure(legend_figure(posterior.path.shape[1], truth=False), "what the colours of the lines mean")
     header = ("file", "x", "y", "width", "rotation, degrees", "presence", "weight of the mode", "object")

@@ -25,7 +25,7 @@ from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior, picture_hash
 from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PersonRatio
 from foveate.model import gaze as gazes
-from foveate.model.attention import OUTSIDE, AttentionModel, as_picture
+from foveate.model.attention import OUTSIDE, AttentionModel, as_picture, as_tensor
 from foveate.model.errors import InputError
 from foveate.model.patch import NORMALISING_FLOOR, Pyramid, density_coordinates, from_density_coordinates
 from foveate.model.threads import in_parallel
@@ -345,6 +345,8 @@ def attend_batches(
             f"pictures is a {type(pictures).__name__}: needed is a list of arrays or tensors, or Scenes; files are "
             "read by foveate.data.UnlabelledScenes.from_files"
         )
+    if getattr(pictures, "ndim", None) == 2:
+        raise InputError("one picture was given where a list of pictures is needed: write [picture]")
     start, canonical = _floats(start, "start"), _floats(canonical, "canonical")
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
@@ -374,17 +376,21 @@ def attend_batches(
         "gaze_prior": {"kind": model.gaze_prior, **{name: float(v) for name, v in model.prior_options.items()}},
     }
 
+    # Priors that are not compiled, and Pyro's kernels, need derivatives even where the caller needs none.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def attended(rows: range) -> Posterior:
         pyramid, hashes = _read(pictures, rows, device)
         part = slice(rows.start, rows.stop)
-        v = None if canonical is None else canonical[part].to(device)
-        if start is not None:
-            _check_reach(start[part], pyramid.size.cpu(), names[part])
+        v = None if canonical is None else canonical[part].detach().clone().to(device)
+        begin = None if start is None else start[part].detach().clone()
+        if begin is not None:
+            _check_reach(begin, pyramid.size.cpu(), names[part])
         found = search(
             model,
             guide,
             pyramid,
-            start=None if start is None else start[part],
+            start=begin,
             canonical=v,
             steps=guide_steps,
             # What an object takes out with it must not leave the next ones without any.
@@ -427,17 +433,17 @@ def canonical_draws(
         streams: a scene's draws are keyed by the first of its numbers.
         sweeps: of the Gibbs sampler.
     """
-    patch = pyramid.extract(gaze).float()
+    patch = pyramid.extract(gaze).to(model.dbn.core.mean)
     if canonical is not None:
         return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
     observed = density_coordinates(patch)
-    noise = model.noise * model.temperature**0.5
+    noise = float(model.noise) * float(model.temperature) ** 0.5
     drawn = []
     for i in range(len(observed)):
         # A generator for every scene: what is drawn for one does not depend on the others.
         generator = torch.Generator(patch.device).manual_seed((seed * 7919 + int(streams[i, 0])) % 2**62)
         v = observed[i]
-        h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).float(), generator, update="recognition")
+        h = model.dbn.gibbs_hidden(v, (model.dbn.infer_hidden(v) > 0.5).to(v), generator, update="recognition")
         for _ in range(sweeps):
             v = model.dbn.gibbs_canonical(observed[i], noise, v, h, generator)
             h = model.dbn.gibbs_hidden(v, h, generator, update="recognition")
@@ -445,7 +451,7 @@ def canonical_draws(
     # The inverse of `normalise`, with the light of each patch.
     mean = patch.mean((-2, -1), keepdim=True)
     sd = torch.sqrt((patch - mean).square().mean((-2, -1), keepdim=True) + NORMALISING_FLOOR**2)
-    return (mean + sd * from_density_coordinates(torch.stack(drawn))).clamp(0, 1)
+    return (mean + sd * from_density_coordinates(torch.stack(drawn))).clamp(0, 1).float()
 
 
 def _sampled(
@@ -537,17 +543,19 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
 
     A model that cannot tell people apart takes the given picture for the canonical image itself.
     """
-    dense_object, dense_clutter = model.marginal_densities()
+    with torch.no_grad():
+        dense_object, dense_clutter = model.marginal_densities()
+    temperature = float(model.temperature)
     if dense_clutter is None and canonical is None:
         raise InputError(
             "attending needs a clutter model; without the likelihood prefers blank walls, fit the model with clutter"
         )
     if canonical is None:
-        return OddsScore(dense_object, dense_clutter, model.temperature, edges=model.edges)
+        return OddsScore(dense_object, dense_clutter, temperature, edges=model.edges)
     if model.identity is not None and dense_clutter is not None:
         person = PersonRatio(model.identity, model.identity.coordinates(canonical))
-        return OddsScore(dense_object, dense_clutter, model.temperature, person, model.edges)
-    return OddsScore(CanonicalDensity(density_coordinates(canonical), model.noise), dense_clutter, model.temperature)
+        return OddsScore(dense_object, dense_clutter, temperature, person, model.edges)
+    return OddsScore(CanonicalDensity(density_coordinates(canonical), float(model.noise)), dense_clutter, temperature)
 
 
 @contextmanager
@@ -709,10 +717,9 @@ def _floats(value: Any, name: str) -> Tensor | None:
     """What was given beside the pictures, as a floating tensor; 8-bit images in [0, 1]."""
     if value is None:
         return None
-    try:
-        tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} is a {type(value).__name__}: give an array or tensor of numbers") from None
+    tensor = as_tensor(value)
+    if tensor is None:
+        raise InputError(f"{name} is a {type(value).__name__}: give an array or tensor of numbers")
     if tensor.dtype == torch.uint8 and name == "canonical":
         return tensor.float() / 255
     return tensor if tensor.is_floating_point() else tensor.double()

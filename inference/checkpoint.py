@@ -116,7 +116,9 @@ def load(path: str | os.PathLike) -> Run:
             identity=None if directions is None else IdentityModel.blank(directions),
             edges=EdgeOdds.blank() if model_form.get("edges") else None,
         )
-        guide = GazeGuide(**guide_form)
+        # Its first weights are thrown away, and nobody's random numbers with them.
+        with torch.random.fork_rng(devices=[]):
+            guide = GazeGuide(**guide_form)
         if not isinstance(stated, dict):
             raise TypeError(f"settings are {stated!r}")
         # What does not fit is told here, not at the first picture or after the last.

@@ -96,7 +96,7 @@ class UnlabelledPictures(ScenePictures, Protocol):
 
 
 class Monitor(NamedTuple):
-    """What the held-out scenes say of a round; no label is used anywhere.
+    """What a round was, and what the held-out scenes say of it; no label is used anywhere.
 
     Attributes:
         round: 0 is the start.

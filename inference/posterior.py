@@ -63,7 +63,8 @@ class Posterior:
         weights: ``(scene, mode)`` posterior weights of the modes; 0 where a scene has fewer.
         presence: ``(scene,)`` probability that the scene shows the object at all; where a person's picture was given
             to a model that tells people apart, a score of "this person is here", not a calibrated probability.
-        path: ``(scene, step, 4)`` the gaze by step: start, steps of the guide, and last the posterior mean.
+        path: ``(scene, step, 4)`` the gaze by step: start, steps of the guide, and last the posterior mean. Where the
+            best of what was proposed is no end of looks it is the same gaze at every step but the last.
         canonical: ``(scene, 24, 24)`` posterior mean of the canonical image, in [0, 1].
         canonical_draws: ``(scene, chain, kept, 24, 24)`` some of its draws.
         patch: ``(scene, 24, 24)`` the scene read at the reported gaze.
@@ -123,7 +124,9 @@ class Posterior:
     def sd(self) -> Float64[Tensor, "scene 4"]:
         """Posterior standard deviations of centre x and y (scene pixels), log-scale and rotation (radians)."""
         centre, log_scale, rotation = self._parts()
-        return torch.cat([centre, log_scale[..., None], rotation[..., None]], -1).flatten(1, 2).std(1)
+        draws = torch.cat([centre, log_scale[..., None], rotation[..., None]], -1).flatten(1, 2)
+        # PyTorch gives NaN for one draw, too, but warns.
+        return draws.std(1) if draws.shape[1] > 1 else torch.full_like(draws[:, 0], math.nan)
 
     def to_datatree(self) -> xarray.DataTree:
         """The posterior in ArviZ' schema, as ArviZ ≥ 1 takes it.
@@ -204,8 +207,10 @@ class Posterior:
                 return cls._from_datatree(tree.load(), str(path))
         except OSError as error:
             raise InputError(f"{path} is no netCDF file or is damaged ({error}); write it again") from error
-        except KeyError as error:
-            raise InputError(f"{path} is not whole: {error.args[0]}; write it again") from error
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"{path} is not a whole posterior of scenes: {error.args[0]}; write it again, or read it with ArviZ"
+            ) from error
 
     @classmethod
     def concatenate(cls, parts: Sequence["Posterior"]) -> "Posterior":

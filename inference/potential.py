@@ -205,9 +205,9 @@ class OddsScore:
         if self.person is not None:
             of_v = _aligned(self.person.of_v, batch)
             of_v = of_v.expand(*batch, -1).reshape(-1, of_v.shape[-1])[rows]
-            with torch.enable_grad():
-                seen = patch.detach().reshape(-1, CANONICAL_SIZE, CANONICAL_SIZE).requires_grad_(True)
-                ratio = self.person.log_ratio(seen, of_v)
+            with torch.inference_mode(False), torch.enable_grad():
+                seen = patch.detach().clone().reshape(-1, CANONICAL_SIZE, CANONICAL_SIZE).requires_grad_(True)
+                ratio = self.person.log_ratio(seen, of_v.clone())
                 (of_seen,) = torch.autograd.grad(ratio.sum(), seen)
             energy, slope = energy - ratio.detach(), slope - of_seen.flatten(-2)
         return energy, slope
@@ -307,8 +307,11 @@ class GazePotential:
         # The compiled loops read floats.
         self.pyramid = pyramid.to(dtype=pyramid.dtype)
         self.chart, self.score, self.prior, self.belief = chart, score, prior, belief
-        # A subclass may have another density.
-        self._compiles_prior = prior is None or type(prior) in (GazePrior, FlatGazePrior)
+        # A subclass may have another density, and a setting may be another one in every scene.
+        plain = type(prior) in (GazePrior, FlatGazePrior) and all(
+            torch.as_tensor(v).numel() == 1 for v in _settings(prior)
+        )
+        self._compiles_prior = prior is None or plain
         self._tables: dict[tuple[int, ...], _Tables] = {}
 
     def energy(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
@@ -332,8 +335,8 @@ class GazePotential:
     ) -> tuple[Float[Tensor, "scene *chain"], Float[Tensor, "scene *chain 4"]]:
         """Energies and gradients: compiled on the CPU, by autograd elsewhere."""
         if z.device.type != "cpu":
-            with torch.enable_grad():
-                z = z.detach().requires_grad_(True)
+            with torch.inference_mode(False), torch.enable_grad():
+                z = z.detach().clone().requires_grad_(True)
                 energy = self.energy(z)
                 (gradient,) = torch.autograd.grad(energy.sum(), z)
             return energy.detach(), gradient
@@ -347,8 +350,8 @@ class GazePotential:
         here, slope = torch.from_numpy(energy).reshape(z.shape[:-1]), torch.from_numpy(gradient).reshape(z.shape)
         if self._compiles_prior:
             return here, slope
-        with torch.enable_grad():
-            z = z.detach().requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.detach().clone().requires_grad_(True)
             of_prior = -self._log_prior(self.chart.to_gaze(z))
             # One that is flat where it is anything has no slope at all.
             pull = torch.autograd.grad(of_prior.sum(), z)[0] if of_prior.requires_grad else torch.zeros_like(z)
@@ -466,11 +469,7 @@ class _Tables(NamedTuple):
         pyramid, chart, prior, belief = potential.pyramid, potential.chart, potential.prior, potential.belief
         if len(shape) < 2 or shape[0] != len(pyramid) or shape[-1] != 4:
             raise InputError(f"chart coordinates of shape {shape} for {len(pyramid)} scenes: needed is (scene, ..., 4)")
-        settings: tuple[float, ...] = ()
-        if type(prior) is GazePrior:
-            settings = (prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge)
-        elif type(prior) is FlatGazePrior:
-            settings = (prior.largest,)
+        settings = [float(setting) for setting in _settings(prior)] if potential._compiles_prior else []
         lattice_points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
         texels = (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)
         return cls(
@@ -529,10 +528,15 @@ def _aligned(value: Tensor, batch: tuple[int, ...] | torch.Size) -> Tensor:
     return value.reshape(*leading, *[1] * (len(batch) - len(leading)), value.shape[-1])
 
 
-def _with_size(prior: GazePrior | FlatGazePrior, size: Tensor) -> GazePrior | FlatGazePrior:
+def _settings(prior: TorchDistributionMixin | None) -> tuple[float | Tensor, ...]:
     if isinstance(prior, GazePrior):
-        return GazePrior(size, prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge, validate_args=False)
-    return FlatGazePrior(size, prior.largest, validate_args=False)
+        return prior.typical, prior.log_scale_sd, prior.rotation_sd, prior.edge
+    return (prior.largest,) if isinstance(prior, FlatGazePrior) else ()
+
+
+def _with_size(prior: GazePrior | FlatGazePrior, size: Tensor) -> GazePrior | FlatGazePrior:
+    settings: tuple[Any, ...] = _settings(prior)
+    return type(prior)(size, *settings, validate_args=False)
 
 
 def _rows(tensor: Tensor) -> np.ndarray:

@@ -85,14 +85,12 @@ def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> 
     Raises:
         InputError: no array, another shape, values that are not finite or of another scale; the message says which.
     """
-    try:
-        # Mirrored arrays have strides that PyTorch has not.
-        tensor = torch.as_tensor(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture)
-    except (TypeError, ValueError, RuntimeError):
+    tensor = as_tensor(picture)
+    if tensor is None:
         raise InputError(
             f"picture {index} is a {type(picture).__name__}: needed is an array or tensor (height, width); files are "
             "read by foveate.data.UnlabelledScenes.from_files"
-        ) from None
+        )
     if tensor.ndim != 2 or min(tensor.shape) < 2:
         raise InputError(
             f"picture {index} has shape {tuple(tensor.shape)}: needed is (height, width) of grey levels in [0, 1]"
@@ -107,6 +105,17 @@ def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> 
             "(8-bit values: divide by 255)"
         )
     return tensor
+
+
+def as_tensor(value: Any) -> Tensor | None:
+    """Whatever holds numbers as a tensor, None if it holds none."""
+    try:
+        if isinstance(value, np.ndarray):
+            # Mirrored arrays have strides, and those of some files an order of bytes, that PyTorch has not.
+            value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 class SceneLikelihood(TorchDistribution):
@@ -169,8 +178,8 @@ class AttentionModel(PyroModule):
 
     Args:
         dbn: prior over canonical images, in density coordinates.
-        clutter: density of patches that are not the object, whose `density` is read, seen through the noise; None for
-            the paper's likelihood.
+        clutter: density of patches that are not the object, whose `density` is read, seen through the noise; None, with
+            `edges` None and a temperature of 1, for the paper's likelihood.
         noise: σ of the likelihood, in normalised intensities.
         temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
@@ -205,24 +214,6 @@ class AttentionModel(PyroModule):
         latent: Literal["full", "given_hidden", "collapsed"] = "full",
     ):
         super().__init__()
-        if latent not in LATENTS:
-            raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
-        if gaze_prior not in PRIORS:
-            raise InputError(f"gaze_prior={gaze_prior!r}: 'proper' or 'flat'")
-        for name, number in (("noise", noise), ("temperature", temperature)):
-            if isinstance(number, Tensor) and number.numel() != 1:
-                raise InputError(f"{name} has shape {tuple(number.shape)}: a positive number is needed")
-            if not (number > 0 and math.isfinite(number)):
-                raise InputError(f"{name}={number}: a positive number is needed")
-        if clutter is not None and (
-            not isinstance(clutter, ClutterModel)
-            or type(clutter).log_prob is not ClutterModel.log_prob
-            or not isinstance(clutter.density, EllipticalDensity)
-        ):
-            raise InputError(
-                f"clutter is a {type(clutter).__name__}: the model reads its `density`, an EllipticalDensity, and no "
-                "log_prob of its own; give ClutterModel(density)"
-            )
         self.dbn = dbn
         self.clutter = clutter
         self.identity = identity
@@ -234,14 +225,41 @@ class AttentionModel(PyroModule):
         )
         self.gaze_prior, self.prior_options, self.latent = gaze_prior, dict(prior_options or {}), latent
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings may be changed at any time; what the model cannot be is refused there and then."""
+        if name == "latent" and value not in LATENTS:
+            raise InputError(f"latent={value!r}: one of {', '.join(LATENTS)}")
+        if name == "gaze_prior" and value not in PRIORS:
+            raise InputError(f"gaze_prior={value!r}: 'proper' or 'flat'")
+        # What Pyro samples or learns in place of a number has a law of its own.
+        if name in ("noise", "temperature") and isinstance(value, int | float | np.number | Tensor):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise InputError(f"{name} has shape {tuple(value.shape)}: a positive number is needed")
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value}: a positive number is needed")
+        if (
+            name == "clutter"
+            and value is not None
+            and not (
+                isinstance(value, ClutterModel)
+                and type(value).log_prob is ClutterModel.log_prob
+                and isinstance(value.density, EllipticalDensity)
+            )
+        ):
+            raise InputError(
+                f"clutter is a {type(value).__name__}: the model reads its `density`, an EllipticalDensity, and no "
+                "log_prob of its own; give ClutterModel(density)"
+            )
+        super().__setattr__(name, value)
+
     @property
     def config(self) -> dict[str, Any]:
         """What `inference.checkpoint` writes beside the tensors."""
         return {
-            "noise": self.noise,
-            "temperature": self.temperature,
+            "noise": float(self.noise),
+            "temperature": float(self.temperature),
             "gaze_prior": self.gaze_prior,
-            "prior_options": self.prior_options,
+            "prior_options": {name: float(value) for name, value in self.prior_options.items()},
             "clutter": self.clutter is not None,
             "identity": None if self.identity is None else len(self.identity.between),
             "edges": self.edges is not None,
@@ -249,8 +267,6 @@ class AttentionModel(PyroModule):
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
         """The same model (shared parameters, and the same subclass) as another of its densities."""
-        if latent not in LATENTS:
-            raise InputError(f"latent={latent!r}: one of {', '.join(LATENTS)}")
         other = copy.copy(self)
         # Parts are shared, but putting another one in place changes one model alone.
         for name, value in vars(self).items():
@@ -292,12 +308,12 @@ class AttentionModel(PyroModule):
         """The h1 that the recognition posterior thinks most likely for the mean canonical image."""
         return (self.dbn.infer_hidden(self.dbn.core.mean) > 0.5).to(self.dbn.core.mean.dtype)
 
-    def forward(self, pictures: Any, hidden: Tensor | None = None) -> Tensor:
+    def forward(self, pictures: Any, hidden: Any = None) -> Tensor:
         """Run the program on pictures; returns the gaze ``(scene, 4)``.
 
         Args:
             pictures: see the class.
-            hidden: ``(scene, N)`` states of h1, 0 or 1, for ``latent="given_hidden"`` only.
+            hidden: ``(scene, N)`` states of h1, 0 or 1, array or tensor, for ``latent="given_hidden"`` only.
 
         Raises:
             InputError: pictures that are none (`as_picture`), or `hidden` of another shape, with other values, or given
@@ -307,6 +323,8 @@ class AttentionModel(PyroModule):
         if hidden is not None:
             hidden = self._states(hidden, len(pyramid))
         size = pyramid.size.to(pyramid.dtype)
+        # Random variables in their place are one for all scenes: read outside the plate.
+        noise, temperature = self.noise, self.temperature
         with pyro.plate("scene", len(pyramid), dim=-1):
             gaze = cast(Tensor, pyro.sample("gaze", self.prior(size)))
             if self.latent == "collapsed":
@@ -319,14 +337,17 @@ class AttentionModel(PyroModule):
                 else:
                     state = cast(Tensor, pyro.sample("hidden", prior))
                 canonical = cast(Tensor, pyro.sample("canonical", CanonicalGivenHidden(self.dbn, state)))
-                seen = pyro.distributions.Normal(canonical, self.noise).to_event(1)
+                seen = pyro.distributions.Normal(canonical, noise).to_event(1)
                 clutter = self.marginal_densities()[1]
-                law = SceneLikelihood(seen, clutter, self.temperature, seen.batch_shape)
+                law = SceneLikelihood(seen, clutter, temperature, seen.batch_shape)
             pyro.sample("patch", law, obs=density_coordinates(_patches(pyramid, gaze)))
         return gaze
 
-    def _states(self, hidden: Tensor, scenes: int) -> Tensor:
+    def _states(self, given: Any, scenes: int) -> Tensor:
         """States of h1 in the model's dtype."""
+        hidden = as_tensor(given)
+        if hidden is None:
+            raise InputError(f"hidden is a {type(given).__name__}: give an array or tensor of states 0 or 1")
         if self.latent != "given_hidden":
             raise InputError(f"hidden is given to a model with latent='{self.latent}': use with_latent('given_hidden')")
         units = self.dbn.layer.hidden

@@ -17,7 +17,7 @@ class NoisyDensity(EllipticalDensity):
     """
 
     @classmethod
-    def through(cls, core: EllipticalDensity, noise: float) -> "NoisyDensity":
+    def through(cls, core: EllipticalDensity, noise: float | Tensor) -> "NoisyDensity":
         """`core` seen through noise of standard deviation `noise` (normalised intensities)."""
         if noise < 0:
             raise InputError(f"noise {noise}: a standard deviation is at least 0")

@@ -262,6 +262,9 @@ class GazePrior(TorchDistribution):
         rotation_sd: radians, at most π: all rotations are about as likely then.
         edge: width of the logistic edge as a share of the shorter side.
 
+    Settings may also be tensors, for one of each picture of the batch shape, and be learned: `log_prob` is
+    differentiable in them.
+
     Raises:
         InputError: `rotation_sd` is larger, or a setting is not positive.
     """
@@ -273,15 +276,15 @@ class GazePrior(TorchDistribution):
     def __init__(
         self,
         size: Num[Tensor, "*batch 2"],
-        typical: float = 0.3,
-        log_scale_sd: float = 0.6,
-        rotation_sd: float = 0.25,
-        edge: float = 0.05,
+        typical: float | Tensor = 0.3,
+        log_scale_sd: float | Tensor = 0.6,
+        rotation_sd: float | Tensor = 0.25,
+        edge: float | Tensor = 0.05,
         validate_args: bool | None = None,
     ):
         _check_positive(typical=typical, log_scale_sd=log_scale_sd, rotation_sd=rotation_sd, edge=edge)
         # The turns that `log_prob` sums over hold the mass of no wider a normal.
-        if not rotation_sd <= math.pi:
+        if not bool(torch.as_tensor(rotation_sd <= math.pi).all()):
             raise InputError(f"rotation_sd={rotation_sd}: at most π; all rotations are about as likely then")
         self.size = _floating(size)
         self.typical, self.log_scale_sd, self.rotation_sd, self.edge = typical, log_scale_sd, rotation_sd, edge
@@ -308,6 +311,7 @@ class GazePrior(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         centre, scale, rotation = parts(value)
         shorter = self._shorter()
+        root = math.sqrt(2 * math.pi)
         w = (self.edge * shorter)[..., None]
         extent = self.size.flip(-1)
         low, high = (centre + 0.5) / w, (centre + 0.5 - extent) / w
@@ -320,11 +324,11 @@ class GazePrior(TorchDistribution):
             - torch.log(extent)
         ).sum(-1)
         log_scale = torch.log(scale) - torch.log(self.typical * shorter / CANONICAL_SIZE)
-        of_scale = -0.5 * (log_scale / self.log_scale_sd) ** 2 - math.log(self.log_scale_sd * math.sqrt(2 * math.pi))
+        of_scale = -0.5 * (log_scale / self.log_scale_sd) ** 2 - _log(self.log_scale_sd * root)
         turns = 2 * math.pi * torch.arange(-2, 3, dtype=value.dtype, device=value.device)
-        of_rotation = torch.logsumexp(-0.5 * ((rotation[..., None] + turns) / self.rotation_sd) ** 2, -1) - math.log(
-            self.rotation_sd * math.sqrt(2 * math.pi)
-        )
+        sd = self.rotation_sd
+        of_each = ((rotation[..., None] + turns) / (sd[..., None] if isinstance(sd, Tensor) else sd)) ** 2
+        of_rotation = torch.logsumexp(-0.5 * of_each, -1) - _log(sd * root)
         return position + of_scale + of_rotation - 2 * torch.log(scale)
 
 
@@ -388,6 +392,8 @@ def log_prior(prior: TorchDistributionMixin, gaze: Float[Tensor, "*batch 4"]) ->
     if type(prior) in (GazePrior, FlatGazePrior):
         return prior.log_prob(gaze)
     within = prior.support.check(gaze)
+    if bool(within.all()):
+        return prior.log_prob(gaze)
     inside = biject_to(prior.support)(torch.ones_like(gaze))
     return torch.where(within, prior.log_prob(torch.where(within[..., None], gaze, inside)), -math.inf)
 
@@ -400,6 +406,10 @@ def _check_positive(**settings: float | Tensor) -> None:
             positive = value > 0 and math.isfinite(value)
         if not positive:
             raise InputError(f"{name}={value}: a positive number is needed")
+
+
+def _log(value: float | Tensor) -> float | Tensor:
+    return torch.log(value) if isinstance(value, Tensor) else math.log(value)
 
 
 def _floating(size: Tensor) -> Tensor:

@@ -686,3 +686,40 @@ def test_pictures_of_eight_bits_are_divided_by_255_and_other_scales_are_refused(
     assert torch.equal(bytes_read.texels, floats_read.texels)
     with pytest.raises(InputError, match=r"picture 0 has values from .* to \d+: scale them to \[0, 1\]"):
         attending._read([picture.float()], range(1), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["hmc", "person", "prior"])
+def test_nothing_changes_where_the_caller_has_switched_derivatives_off(
+    world: World, acquainted: AttentionModel, context: Any, how: str
+) -> None:
+    model, options = world.model, SHORT | {"draws": 4, "warmup": 2, "start": world.start}
+    if how == "hmc":
+        options |= {"kernel": "hmc", "chains": 1}
+    elif how == "person":
+        model, options = acquainted, options | {"canonical": torch.stack([pattern(0).float()] * len(world.scenes))}
+    else:
+        model = copy.deepcopy(model)
+        model.__class__ = type("Own", (AttentionModel,), {"prior": _own_prior})
+    expected = attend(model, world.guide, world.scenes, **options)
+    with context():
+        options = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
+        found = attend(model, world.guide, world.scenes, **options)
+    assert torch.equal(found.gaze, expected.gaze)
+
+
+class _Steeper(gazes.GazePrior):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) - 20 * gazes.parts(value).rotation ** 2
+
+
+def _own_prior(self: AttentionModel, size: Tensor) -> gazes.GazePrior:
+    return _Steeper(size)
+
+
+def test_a_double_diagonal_net_is_attended_with_as_its_float_twin(world: World) -> None:
+    double = copy.deepcopy(world.model).double()
+    options = SHORT | {"draws": 2, "warmup": 2, "start": world.start}
+    found = attend(double, world.guide, world.scenes, **options)
+    assert found.canonical.dtype == torch.float32
+    assert bool(torch.isfinite(found.canonical).all())

@@ -4,8 +4,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -351,3 +352,18 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         raise Crash
     assert target.read_text(encoding="utf-8") == "a,b\n"
     assert [path.name for path in target.parent.iterdir()] == ["table.csv"]
+
+
+def test_loading_leaves_the_random_numbers_of_others_alone(saved: Path) -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    load(saved)
+    assert torch.equal(torch.rand(4), wanted)
+
+
+def test_settings_given_as_tensors_are_saved_as_numbers(saved: Path, tmp_path: Path) -> None:
+    run = load(saved)
+    run.model.noise, run.model.temperature = cast(Any, torch.tensor(0.5)), cast(Any, np.float32(2.0))
+    save(run, tmp_path / "again")
+    assert (load(tmp_path / "again").model.noise, load(tmp_path / "again").model.temperature) == (0.5, 2.0)

@@ -1,5 +1,6 @@
 """The Pyro program: its sites and densities, Pyro's own tools on it, and why a scene is scored by odds."""
 
+import copy
 import inspect
 import math
 from typing import Any, NamedTuple, cast
@@ -12,13 +13,13 @@ from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
-from pyro.nn import PyroParam
+from pyro.nn import PyroParam, PyroSample
 from scipy import stats
 
 from foveate.inference.hmc import BatchedHMC
 from foveate.inference.potential import GazePotential, OddsScore
 from foveate.model import gaze as gazes
-from foveate.model.attention import AttentionModel, SceneLikelihood, as_pyramid
+from foveate.model.attention import AttentionModel, SceneLikelihood, as_picture, as_pyramid
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity
@@ -568,3 +569,40 @@ def test_options_that_mean_nothing_are_refused(toy: Toy, options: Any, message: 
     construct = getattr(AttentionModel.__init__, "__wrapped__", AttentionModel.__init__)
     with pytest.raises(InputError, match=message):
         construct(AttentionModel.__new__(AttentionModel), toy.model.dbn, **{"clutter": toy.model.clutter, **options})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("temperature", -1.0),
+        ("noise", 0),
+        ("noise", np.float32(0)),
+        ("gaze_prior", "uniform"),
+        ("latent", "half"),
+        ("clutter", EllipticalDensity.blank(575)),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_when_they_are_changed_too(toy: Toy, name: str, value: Any) -> None:
+    model = toy.model.with_latent("collapsed")
+    before = getattr(model, name)
+    with pytest.raises(InputError, match=name):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
+
+
+def test_the_noise_may_be_a_random_variable_of_its_own(toy: Toy) -> None:
+    model = copy.deepcopy(toy.model).with_latent("given_hidden")
+    del model.noise
+    model.noise = PyroSample(pyro.distributions.LogNormal(0.0, 0.1))
+    trace = traced(model, toy.pictures)
+    again = copy.deepcopy(model)
+    again.noise = float(trace.nodes["noise"]["value"])
+    values = {name: trace.nodes[name]["value"] for name in ("gaze", "canonical")}
+    wanted = traced(again, toy.pictures, **values).nodes["patch"]["log_prob"]
+    torch.testing.assert_close(trace.nodes["patch"]["log_prob"], wanted)
+
+
+def test_arrays_of_either_order_of_bytes_are_pictures(toy: Toy) -> None:
+    array = toy.pictures[0].numpy()
+    swapped = array.astype(array.dtype.newbyteorder("S"))
+    assert torch.equal(as_picture(swapped, 0), as_picture(array, 0))

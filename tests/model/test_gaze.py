@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import pyro.distributions
 import pytest
 import torch
 from hypothesis import given, settings
@@ -474,3 +475,33 @@ def test_the_settings_of_a_prior_survive_its_expansion() -> None:
     torch.testing.assert_close(prior.expand([4]).log_prob(draws), prior.log_prob(draws))
     flat = gazes.FlatGazePrior(SIZE, 0.7)
     torch.testing.assert_close(flat.expand([4]).log_prob(draws), flat.log_prob(draws))
+
+
+def test_a_priors_settings_may_be_learned_and_be_others_for_every_picture() -> None:
+    """Slopes by the settings are those of central differences, and settings of two pictures are those of each alone."""
+    size = torch.tensor([240.0, 320.0], dtype=torch.float64)
+    value = torch.tensor([3.0, 0.4, 100.0, 90.0], dtype=torch.float64)
+    settings = {"typical": 0.3, "log_scale_sd": 0.6, "rotation_sd": 0.25, "edge": 0.05}
+
+    def density(name: str, setting: float | Tensor) -> Tensor:
+        return gazes.GazePrior(size, **settings | {name: setting}).log_prob(value)
+
+    for name, setting in settings.items():
+        learned = torch.tensor(setting, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(density(name, learned), learned)
+        step = 1e-5
+        between = (density(name, setting + step) - density(name, setting - step)) / (2 * step)
+        torch.testing.assert_close(slope, between, rtol=1e-5, atol=1e-5)  # curvature × step², relative to slopes of 1
+        two = torch.tensor([setting, setting / 2], dtype=torch.float64)
+        both = gazes.GazePrior(size.expand(2, 2), **settings | {name: two}).log_prob(value.expand(2, 4))
+        torch.testing.assert_close(both, torch.stack([density(name, setting), density(name, setting / 2)]))
+    with pytest.raises(InputError, match="rotation_sd"):
+        gazes.GazePrior(size.expand(2, 2), rotation_sd=torch.tensor([0.3, 4.0]))
+
+
+def test_a_prior_that_pytorch_cannot_map_to_its_support_is_scored_within_it() -> None:
+    """A mixture's support has no `biject_to`; where all gazes lie within nothing has to be mapped."""
+    part = pyro.distributions.Normal(torch.zeros(2, 4), torch.tensor([[1.0], [2.0]])).to_event(1)
+    mixture = pyro.distributions.MixtureSameFamily(pyro.distributions.Categorical(torch.ones(2)), part)
+    value = torch.randn(5, 4)
+    assert torch.equal(gazes.log_prior(mixture, value), mixture.log_prob(value))
