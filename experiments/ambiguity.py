@@ -28,7 +28,7 @@ from foveate.experiments.options import Common, announce, open_run, print_table,
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
 from foveate.experiments.training import Budget, default_clutter, fit_logged, remove_unfinished
-from foveate.inference.attend import SMALLEST, attend, search
+from foveate.inference.attend import attend, scene_pyramid, search
 from foveate.inference.checkpoint import Run, write_json
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
@@ -215,10 +215,8 @@ class _Asker:
         return gaze.cpu()
 
     def _pyramid(self, scenes: Tensor) -> Pyramid:
-        device = self.run.model.dbn.core.mean.device
         distinct, rows = scenes.unique(return_inverse=True)
-        pictures = [p.to(device) for p in self.two.scenes.pictures(distinct.tolist())]
-        return Pyramid.build(pictures, smallest=SMALLEST)[rows]
+        return scene_pyramid(self.run.model, self.two.scenes.pictures(distinct.tolist()))[rows]
 
 
 class Basins(NamedTuple):

@@ -2,7 +2,8 @@
 
 The posterior is p(u | v, I) of composed scenes of 448 × 296 pixels, σ = 0.05, v the true patch seen through that noise,
 in the chart of offsets (canonical pixels), log-scale / 10 and angle / 10. Leapfrog steps are timed at a fixed step size
-of 0.02 and 20 steps; effective draws per second on 500 + 500 draws, each sampler with its own warm-up: the smallest
+of 0.02 and 20 steps; effective draws per second on 500 + 500 draws (100 + 100 where a sampler is slow: `ess_draws` and
+`subsampled` in the results say so), each sampler with its own warm-up: the smallest
 bulk ESS of a scene's four coordinates over its chains, median over scenes, by the seconds of warm-up and draws
 together. The HMC of the peers does not choose the number of its steps, so each has the best of several. Compilation is
 left out everywhere.
@@ -23,12 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from foveate.data import orl_scenes
 from foveate.data.compose import orl_clutter
 from foveate.experiments.options import Common, announce
-from foveate.experiments.outputs import check_json, check_picture
+from foveate.experiments.outputs import check_json, check_picture, save_figure
 from foveate.experiments.peers import Run, agreement, blackjax_hmc, numpyro_hmc, pyro_chain, require_peers, timed
 from foveate.inference.adaptation import HMCOptions
 from foveate.inference.checkpoint import write_json
@@ -423,10 +425,6 @@ def _tell(kind: str, value: Any) -> None:
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of both measures at 16 × 4."""
-    from matplotlib.figure import Figure
-
-    from foveate.experiments.outputs import save_figure
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     measures: tuple[tuple[Any, str, str], ...] = (

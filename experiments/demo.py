@@ -38,7 +38,6 @@ __all__ = ["Demo", "astronaut"]
 
 # Left eye, right eye and mouth of the astronaut in scene pixels, read off the photograph by eye.
 ASTRONAUT_LANDMARKS = ((203.0, 101.0), (246.0, 103.5), (223.0, 145.0))
-ASTRONAUT_SIZE = (512, 512)
 # A figure of scenes holds so many; more would not fit a screen.
 SCENES_IN_FIGURE = 12
 

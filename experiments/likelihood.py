@@ -25,9 +25,9 @@ from foveate.experiments.figures import EnergyPath, energy_paths_figure
 from foveate.experiments.options import Common, StageBars, announce, open_run, require_at_least
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
-from foveate.inference.attend import SMALLEST, attend, search
+from foveate.inference.attend import attend, scene_pyramid, search
 from foveate.inference.checkpoint import Run, write_json
-from foveate.inference.evaluate import jittered_starts
+from foveate.inference.evaluate import crop_bounds, jittered_starts
 from foveate.inference.fit import crops_of, person_numbers
 from foveate.inference.guide import GazeGuide
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
@@ -37,7 +37,7 @@ from foveate.model import AttentionModel, DeepBeliefNet
 from foveate.model import gaze as gazes
 from foveate.model.clutter import NoisyDensity
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid, density_coordinates, extract
+from foveate.model.patch import Pyramid, density_coordinates
 
 __all__ = ["Likelihood", "area_under_curve", "beats_random_gazes", "energy_path", "random_gazes"]
 
@@ -237,7 +237,7 @@ def beats_random_gazes(
     baselines = {n: NoisyDensity.through(model.baseline(n), model.noise) for n in ("gaussian", "student_t")}
     wins: dict[str, list[bool]] = {name: [] for name in ("odds", "odds_elsewhere", *baselines)}
     for i in tqdm(range(len(scenes)), desc="random gazes", disable=None):
-        pyramid = _pyramid(model, scenes, range(i, i + 1))
+        pyramid = scene_pyramid(model, scenes.pictures([i]))
         tried = torch.cat(
             [truth[i : i + 1].double(), random_gazes(scenes.names[i], scenes.sizes[i].double(), count, seed)]
         )
@@ -289,28 +289,16 @@ def energy_path(
     return -(log_odds + log_prior + chart.log_det(z))
 
 
-def _quoted_bound(dbn: DeepBeliefNet, y: Tensor) -> Tensor:
-    return dbn.log_prob_bound(y, dbn.refine_hidden(y))
-
-
 def _bounds(model: AttentionModel, scenes: Scenes, truth: Tensor, diagonal: DeepBeliefNet | None) -> dict[str, float]:
     """Mean log-densities of the true crops in nats, and by how much the prior's bound exceeds the Student-t's."""
-    crops = torch.stack([extract(scenes.pictures([i])[0], truth[i]).float() for i in range(len(scenes))])
-    y = density_coordinates(crops).to(model.dbn.core.mean.device)
+    y, figures = crop_bounds(model, scenes, truth)
     with torch.no_grad():
-        bound, recognised = _quoted_bound(model.dbn, y).double(), model.dbn.log_prob_bound(y).double()
-        figures = {
-            "bound_nats": float(bound.mean()),
-            "bound_nats_se": float(bound.std() / math.sqrt(len(bound))) if len(bound) > 1 else math.nan,
-            "bound_recognition": float(recognised.mean()),
-            "bound_gaussian": float(model.baseline("gaussian").log_prob(y).mean()),
-            "bound_student_t": float(model.baseline("student_t").log_prob(y).mean()),
-        }
+        figures["bound_recognition"] = float(model.dbn.log_prob_bound(y).double().mean())
     # Forward AIS flatters a bound on average: it is judged two standard errors lower.
     lower = figures["bound_nats"] - 2 * float(model.dbn.log_z_se)
     figures["margin_student_t"] = lower - figures["bound_student_t"]
     if diagonal is not None:
-        figures["bound_diagonal"] = float(_quoted_bound(diagonal, y).mean())
+        figures["bound_diagonal"] = float(diagonal.log_prob_bound(y, diagonal.refine_hidden(y)).mean())
         figures["bound_diagonal_log_z_se"] = float(diagonal.log_z_se)
     return figures
 
@@ -319,7 +307,7 @@ def _searched(model: AttentionModel, guide: GazeGuide, scenes: Scenes, purpose: 
     """Every end point of a whole-scene search, batch by batch, with the rows of its scenes."""
     for begin in tqdm(range(0, len(scenes), BATCH), desc=purpose, disable=None):
         rows = range(begin, min(begin + BATCH, len(scenes)))
-        yield rows, search(model, guide, _pyramid(model, scenes, rows), modes=EVERY_MODE)
+        yield rows, search(model, guide, scene_pyramid(model, scenes.pictures(rows)), modes=EVERY_MODE)
 
 
 def _ranked(model: AttentionModel, guide: GazeGuide, scenes: Scenes, truth: Tensor) -> tuple[float, float]:
@@ -383,7 +371,7 @@ def _failures(model: AttentionModel, scenes: Scenes, posterior: Posterior) -> li
     overlap = gazes.overlap(posterior.mean_gaze, truth.double())
     found = []
     for i in overlap.argsort()[:FAILURES].tolist():
-        pyramid = _pyramid(model, scenes, range(i, i + 1))
+        pyramid = scene_pyramid(model, scenes.pictures([i]))
         with torch.no_grad():
             energy = energy_path(model, pyramid, posterior.mean_gaze[i], truth[i])
         title = f"{scenes.names[i]}  IoU {float(overlap[i]):.2f}"
@@ -401,12 +389,6 @@ def _told(path: EnergyPath) -> dict[str, Any]:
         "truth_minus_found": truth - found,
         "barrier": float(path.energy[on_way].max()) - found,
     }
-
-
-def _pyramid(model: AttentionModel, scenes: Scenes, rows: Sequence[int]) -> Pyramid:
-    """The scenes as attending reads them, where the model lives."""
-    device = model.dbn.core.mean.device
-    return Pyramid.build([p.to(device) for p in scenes.pictures(rows)], oversampling=2.0, smallest=SMALLEST)
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, NamedTuple
@@ -27,7 +26,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from foveate.data import Scenes, orl_clutter
+from foveate.data import Scenes
 from foveate.data.joining import re_expressed
 from foveate.data.scenes import parse_spec
 from foveate.experiments.conventions import (
@@ -48,8 +47,8 @@ from foveate.experiments.figures import (
 from foveate.experiments.options import Common, announce, open_run, print_table, require_at_least, require_steps
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
-from foveate.experiments.training import BUNDLED_CLUTTER, Budget, default_clutter, fit_logged, remove_unfinished
-from foveate.inference.attend import SMALLEST, Candidates, attend, canonical_draws, search
+from foveate.experiments.training import Budget, default_clutter, fit_logged, remove_unfinished
+from foveate.inference.attend import Candidates, attend, canonical_draws, scene_pyramid, search
 from foveate.inference.calibration import LEVEL, Reliability, reach, reliability
 from foveate.inference.checkpoint import Run, write_json
 from foveate.inference.evaluate import jittered_starts
@@ -57,7 +56,6 @@ from foveate.inference.guide import WINDOW, GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid
 from foveate.model.threads import in_parallel
 
 __all__ = ["ERRORS", "Localisation", "starts_off_by"]
@@ -133,7 +131,7 @@ class Localisation(Common):
         began = time.perf_counter()
         collections = _collections(self.data or ("orl@test",), self.seed)
         train, labels = labelled_scenes(self.train or ("orl@train",), self.seed)
-        empty = _empty(self.empty, self.seed)
+        empty = default_clutter(self.empty, self.seed, "test")
         given = [open_run(path, self.torch_device) for path in self.runs]
         announce(f"{len(collections)} collections, {len(given) or self.seeds} seeds; everything goes to {self.out}")
         for scenes in (train, *(c.scenes for c in collections), *([] if empty is None else [empty])):
@@ -320,13 +318,6 @@ def _collection(spec: str, seed: int) -> Collection:
     return Collection(spec, label, scenes, scenes.gazes, training_scenes(spec, seed))
 
 
-def _empty(spec: str | None, seed: int) -> Scenes | None:
-    """Pictures without the object: those of the SPEC, else bundled photographs, else none."""
-    if spec is not None:
-        return Scenes.from_clutter_spec(spec, seed=seed)
-    return orl_clutter("test", BUNDLED_CLUTTER, seed) if find_spec("skimage") is not None else None
-
-
 def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, seed: int) -> Seen:
     """Everything that one run is asked about one collection."""
     scenes, truth, train = collection.scenes, collection.truth, collection.train
@@ -390,15 +381,13 @@ def _robustness(run: Run, scenes: Scenes, truth: Tensor, seed: int) -> dict[tupl
 
 def _search(run: Run, scenes: Scenes, start: Tensor | None = None, steps: int = LOOKS) -> Candidates:
     """`foveate.inference.attend.search` on all scenes, in batches; results on the CPU."""
-    device = run.model.dbn.core.mean.device
 
     def searched(rows: range) -> Candidates:
-        pyramid = Pyramid.build([p.to(device) for p in scenes.pictures(rows)], smallest=SMALLEST)
         first = None if start is None else start[rows.start : rows.stop]
-        return search(run.model, run.guide, pyramid, start=first, steps=steps)
+        return search(run.model, run.guide, scene_pyramid(run.model, scenes.pictures(rows)), start=first, steps=steps)
 
     every = [range(begin, min(begin + BATCH, len(scenes))) for begin in range(0, len(scenes), BATCH)]
-    parts = list(in_parallel(searched, every, device))
+    parts = list(in_parallel(searched, every, run.model.dbn.core.mean.device))
     return Candidates(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
@@ -621,10 +610,9 @@ def _steps(run: Run, collection: Collection, one: Seen) -> Figure:
     """Fig. 4: some scenes by the paper's protocol, the gaze from yellow to blue, x and v at every step."""
     rows = torch.linspace(0, len(collection.scenes) - 1, min(SHOWN, len(collection.scenes))).round().long()
     pictures = collection.scenes.subset(rows).pictures()
-    device = run.model.dbn.core.mean.device
-    pyramid = Pyramid.build([p.to(device) for p in pictures], smallest=SMALLEST)
-    path = one.protocol[rows].to(device)
-    streams = torch.arange(len(rows), device=device)[:, None].expand(path.shape[:2])
+    pyramid = scene_pyramid(run.model, pictures)
+    path = one.protocol[rows].to(pyramid.texels.device)
+    streams = torch.arange(len(rows), device=path.device)[:, None].expand(path.shape[:2])
     # The mean of some draws of v at each step; the first look has the mean canonical image in mind.
     v = canonical_draws(run.model, pyramid, path[:, :, None].expand(-1, -1, 8, -1), None, 0, streams).mean(2)
     v[:, 0] = run.model.dbn.to_canonical(run.model.dbn.core.mean.float())

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numba
 import torch
 from tqdm import tqdm
 
@@ -49,9 +48,6 @@ class Common:
         if self.threads is not None:
             require_at_least("--threads", self.threads, 1)
             threads = self.threads
-        # numba starts as many threads as its own setting says, and can only leave some of them idle. PyTorch comes
-        # last: in the other order its gradients differ in the last bits from those of a later command of the process.
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
         torch.set_num_threads(threads)
 
     @property

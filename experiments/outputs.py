@@ -103,10 +103,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, marked as drawn by this project."""
     with atomic_file(path) as beside:
-        figure.savefig(beside, dpi=dpi, metadata={"Software": SOFTWARE})
+        figure.savefig(beside, dpi=110, metadata={"Software": SOFTWARE})
 
 
 def merge_netcdf(parts: Sequence[Path], path: Path, dimension: str = "scene") -> None:

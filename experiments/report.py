@@ -32,11 +32,10 @@ class Report:
 
     Args:
         title: of the page.
-        dpi: resolution at which figures are drawn into it.
     """
 
-    def __init__(self, title: str, *, dpi: int = 110) -> None:
-        self.title, self.dpi = title, dpi
+    def __init__(self, title: str) -> None:
+        self.title = title
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
 
     def heading(self, text: str) -> None:
@@ -53,7 +52,7 @@ class Report:
         with warnings.catch_warnings():
             # Pictures are named in all the world's scripts, of which a font has a few.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(held, format="png", dpi=self.dpi)
+            figure.savefig(held, format="png", dpi=110)
         self._picture(held.getvalue(), alt, caption)
 
     def picture(self, path: Path, alt: str, caption: str = "") -> None:

@@ -178,11 +178,11 @@ def remove_unfinished(out: Path) -> None:
     discard(unfinished_training(out))
 
 
-def default_clutter(spec: str | None, seed: int) -> Scenes | None:
-    """The clutter of a SPEC; without one the bundled photographs where scikit-image is installed, else None."""
+def default_clutter(spec: str | None, seed: int, split: str = "train") -> Scenes | None:
+    """The clutter of a SPEC; without one bundled photographs of `split`, where scikit-image is installed, else None."""
     if spec is not None:
         return Scenes.from_clutter_spec(spec, seed=seed)
-    return orl_clutter("train", BUNDLED_CLUTTER, seed) if find_spec("skimage") is not None else None
+    return orl_clutter(split, BUNDLED_CLUTTER, seed) if find_spec("skimage") is not None else None
 
 
 @torch.no_grad()

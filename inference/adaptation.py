@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     steps: int | Tensor
 
 
-# Two thirds of a quarter period and a little more: with jitter 0.5 lengths of 1.2 ... 2.4, in units of a coordinate's
+# Three halves of a quarter period and a little more: with jitter 0.5 lengths of 1.2 ... 2.4, in units of a coordinate's
 # standard deviation; a direction longer than the diagonal metric sees is still crossed.
 _DEFAULT_LENGTH = 2.4
 # Before the first metric, units mean nothing and a long trajectory is a waste.

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -39,7 +39,9 @@ __all__ = [
     "chain_starts",
     "integrated_odds",
     "mode_points",
+    "mode_potential",
     "odds_score",
+    "scene_pyramid",
     "search",
 ]
 
@@ -63,6 +65,8 @@ PEOPLE = 8
 EXPLAINED = 0.3
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
 SMALLEST = 0.07
+# How chains move: step size and length in the chart's units, and the leapfrog steps of a trajectory at most.
+TRAJECTORIES: dict[str, Any] = {"step_size": 0.3, "trajectory_length": 1.6, "max_num_steps": 24}
 
 Kernel = Literal["batched", "hmc", "nuts"]
 
@@ -168,11 +172,12 @@ def search(
         last = steps_taken[-1].reshape(-1, 4)
         looks.append(known[steps] if steps < len(known) else guide.look(pyramid, last, v, scene))
         # The first gaze that counts as an end point, and the last.
-        looks = [looks[min(steps, 0 if near is None else 1)], looks[-1]]
+        begin = 0 if near is None else 1
+        looks = [looks[begin], looks[-1]]
     path = torch.stack(steps_taken, 2)
     if start is None or near is not None:
         # What was proposed stays a candidate beside where the looks led from it: a look may lose an object, too.
-        proposed = steps_taken[0 if near is None else 1]
+        proposed = steps_taken[begin]
         stayed = torch.cat([first[:, :, None], proposed[:, :, None].expand(-1, -1, steps, -1)], 2)
         end, path = torch.cat([proposed, path[:, :, -1]], 1), torch.cat([stayed, path], 1)
         found = found.repeat(1, 2)
@@ -351,7 +356,9 @@ def attend_batches(
     count = len(pictures)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "modes": modes, "guide_steps": guide_steps}
     _check(count, numbers | {"batch": batch, "max_objects": max_objects}, seed, start, canonical, kernel)
-    names = list(getattr(pictures, "names", [f"picture_{i:04d}" for i in range(count)]))
+    # A tensor's own names, where it has any, are those of its dimensions.
+    named = None if isinstance(pictures, Tensor) else getattr(pictures, "names", None)
+    names = [f"picture_{i:04d}" for i in range(count)] if named is None else list(named)
     keys = stream_keys(names)
     # NumPy's integers are neither JSON nor any C library's.
     chains, draws, warmup, modes, guide_steps, seed, batch, max_objects = map(
@@ -433,9 +440,9 @@ def canonical_draws(
         streams: a scene's draws are keyed by the first of its numbers.
         sweeps: of the Gibbs sampler.
     """
-    patch = pyramid.extract(gaze).to(model.dbn.core.mean)
     if canonical is not None:
         return canonical.float()[:, None, None].expand(*gaze.shape[:-1], -1, -1)
+    patch = pyramid.extract(gaze).to(model.dbn.core.mean)
     observed = density_coordinates(patch)
     noise = float(model.noise) * float(model.temperature) ** 0.5
     drawn = []
@@ -474,29 +481,24 @@ def _sampled(
     count, chains, draws = len(pyramid), settings["chains"], settings["draws"]
     streams = keys[:, None] * 1009 + number * 104_729 + torch.arange(chains)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
-    weight = float(guide.prior_weight)
 
     def potential_of(rows: slice) -> GazePotential:
-        part = pyramid[rows]
-        score = odds_score(model, None if canonical is None else canonical[rows])
-        chart = gazes.LocalChart(base[rows, None, :])
-        belief = weight / sd[rows, None, :].square() if weight > 0 else None
-        return GazePotential(part, chart, score, model.prior(part.size.double()), belief)
+        v = None if canonical is None else canonical[rows]
+        return mode_potential(model, guide, pyramid[rows], base[rows], sd[rows], v)
 
-    z0 = chain_starts(potential_of(slice(0, count)), base, sd, KeyedNoise(settings["seed"], streams))
+    potential = potential_of(slice(0, count))
+    z0 = chain_starts(potential, base, sd, KeyedNoise(settings["seed"], streams))
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
-            potential_of(slice(0, count)),
+            potential,
             z0,
             num_samples=draws,
             warmup_steps=settings["warmup"],
             seed=settings["seed"],
             streams=streams,
-            step_size=0.3,
-            trajectory_length=1.6,
-            max_num_steps=24,
+            **TRAJECTORIES,
         )
-        recorded = {k: torch.as_tensor(v) for k, v in statistics._asdict().items()}
+        recorded = statistics._asdict()
     else:
         z, recorded = _stock(potential_of, z0, settings, streams)
     draws_gaze = gazes.LocalChart(base[:, None, None, :]).to_gaze(z)
@@ -520,6 +522,24 @@ def _sampled(
         sizes=pyramid.size.clone(),
         settings=dict(settings),
     )
+
+
+def mode_potential(
+    model: AttentionModel,
+    guide: GazeGuide,
+    pyramid: Pyramid,
+    base: Float[Tensor, "scene 4"],
+    sd: Float[Tensor, "scene 4"],
+    canonical: Float[Tensor, "scene 24 24"] | None = None,
+) -> GazePotential:
+    """What the chains climb: energies in `LocalChart` at `base`, with the guide's belief where it is a prior, too.
+
+    Convention: `sd` is in the units of the chart.
+    """
+    weight = float(guide.prior_weight)
+    belief = weight / sd[:, None].square() if weight > 0 else None
+    prior = model.prior(pyramid.size.double())
+    return GazePotential(pyramid, gazes.LocalChart(base[:, None]), odds_score(model, canonical), prior, belief)
 
 
 def chain_starts(
@@ -548,7 +568,7 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
     temperature = float(model.temperature)
     if dense_clutter is None and canonical is None:
         raise InputError(
-            "attending needs a clutter model; without the likelihood prefers blank walls, fit the model with clutter"
+            "attending needs a clutter model, without which the likelihood prefers blank walls: fit the model with one"
         )
     if canonical is None:
         return OddsScore(dense_object, dense_clutter, temperature, edges=model.edges)
@@ -765,6 +785,12 @@ def _check(count: int, numbers: dict[str, Any], seed: Any, start: Any, canonical
         raise InputError("canonical holds values that are not finite or outside [0, 1]: give grey levels in [0, 1]")
 
 
+def scene_pyramid(model: AttentionModel, pictures: Sequence[Tensor]) -> Pyramid:
+    """Pictures as attending reads them, where the model lives."""
+    device = model.dbn.core.mean.device
+    return Pyramid.build([picture.to(device) for picture in pictures], smallest=SMALLEST)
+
+
 def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, list[str]]:
     """The scenes at `rows`, where the model lives, and what tells their pictures from others.
 
@@ -774,5 +800,5 @@ def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, li
     for i in rows:
         picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else as_picture(pictures[i], i)
         hashes.append(picture_hash(picture))
-        parts.append(Pyramid.build([picture.to(device)], oversampling=2.0, smallest=SMALLEST))
+        parts.append(Pyramid.build([picture.to(device)], smallest=SMALLEST))
     return Pyramid.concatenate(parts), hashes

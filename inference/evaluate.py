@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from foveate.inference.attend import attend_batches
+from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
+from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
 from foveate.model.patch import density_coordinates, extract
 
-__all__ = ["EvaluationScenes", "evaluate", "jittered_starts"]
+__all__ = ["EvaluationScenes", "crop_bounds", "evaluate", "jittered_starts"]
 
 
 @runtime_checkable
@@ -72,35 +72,14 @@ def evaluate(
         raise InputError("scoring needs a true gaze for every scene: give scenes with landmarks.csv or gazes.csv")
     first = jittered_starts(truth, seed) if start == "jitter" else None
     begun = time.perf_counter()
-    parts = list(
-        attend_batches(
-            run.model,
-            run.guide,
-            scenes,
-            chains=chains,
-            draws=draws,
-            warmup=warmup,
-            start=first,
-            seed=seed,
-            progress=progress,
-        )
-    )
+    how_much: dict[str, Any] = {"chains": chains, "draws": draws, "warmup": warmup, "seed": seed, "progress": progress}
+    posterior = attend(run.model, run.guide, scenes, start=first, **how_much)
     seconds = (time.perf_counter() - begun) / len(scenes)
-    posterior = Posterior.concatenate(parts)
-    iou = gazes.overlap(posterior.mean_gaze.double(), truth)
-    by_step = gazes.overlap(posterior.path.double(), truth[:, None])
-    crops = torch.stack(
-        [
-            extract(scenes.pictures([i])[0], truth[i]).float()
-            for i in tqdm(range(len(scenes)), desc="scoring crops", disable=None if progress else True)
-        ]
-    )
-    y = density_coordinates(crops).to(run.model.dbn.core.mean.device)
-    with torch.no_grad():
-        dbn = run.model.dbn
-        bound = dbn.log_prob_bound(y, dbn.refine_hidden(y)).double()
-        baselines = {name: float(run.model.baseline(name).log_prob(y).mean()) for name in ("gaussian", "student_t")}
-    statistics, rhat = posterior.statistics, posterior.rhat()
+    iou = gazes.overlap(posterior.mean_gaze, truth)
+    by_step = gazes.overlap(posterior.path, truth[:, None])
+    _, bounds = crop_bounds(run.model, scenes, truth, progress)
+    statistics, rhat, ess = posterior.statistics, posterior.rhat(), posterior.ess()
+    rhat, ess = rhat[rhat.isfinite()], ess[ess.isfinite()]
     results: dict[str, Any] = {
         "scenes": len(scenes),
         "accuracy": float((iou > 0.5).double().mean()),
@@ -108,18 +87,15 @@ def evaluate(
         "median_iou": float(iou.quantile(0.5)),
         "iou_by_step": [float(v) for v in by_step.mean(0)],
         "seconds_per_scene": seconds,
-        "bound_nats": float(bound.mean()),
-        "bound_nats_se": float(bound.std() / math.sqrt(len(bound))) if len(bound) > 1 else None,
-        "bound_gaussian": baselines["gaussian"],
-        "bound_student_t": baselines["student_t"],
+        **bounds,
         "log_z": float(run.model.dbn.log_z),
         "log_z_se": float(run.model.dbn.log_z_se),
-        "acceptance_rate": _mean(statistics.get("acceptance_rate")),
-        "divergences": int(statistics["diverging"].sum()) if "diverging" in statistics else 0,
-        "rhat_max": _largest(rhat),
+        "acceptance_rate": float(statistics["acceptance_rate"].double().mean()),
+        "divergences": int(statistics["diverging"].sum()),
+        "rhat_max": float(rhat.max()) if len(rhat) else None,
         # Chains that never move have none, and must not pass for chains that agree.
-        "rhat_undefined": int((~torch.isfinite(rhat)).sum()),
-        "ess_min": _smallest(posterior.ess()),
+        "rhat_undefined": len(scenes) - len(rhat),
+        "ess_min": float(ess.min()) if len(ess) else None,
         "presence_mean": float(posterior.presence.mean()),
         "start": start,
         "seed": seed,
@@ -127,6 +103,27 @@ def evaluate(
         | {name: version(name) for name in ("foveate", "torch", "pyro-ppl", "numpy", "arviz")},
     }
     return results, posterior
+
+
+def crop_bounds(
+    model: AttentionModel, scenes: EvaluationScenes, truth: Float[Tensor, "scene 4"], progress: bool = False
+) -> tuple[Float[Tensor, "scene 575"], dict[str, Any]]:
+    """Density coordinates of the crops at the true gazes, and their mean log-densities in nats.
+
+    Returns:
+        The coordinates, and the results ``bound_nats``, ``bound_nats_se``, ``bound_gaussian``, ``bound_student_t``.
+    """
+    rows = tqdm(range(len(scenes)), desc="scoring crops", disable=None if progress else True)
+    crops = torch.stack([extract(scenes.pictures([i])[0], truth[i]).float() for i in rows])
+    y = density_coordinates(crops).to(model.dbn.core.mean.device)
+    with torch.no_grad():
+        bound = model.dbn.log_prob_bound(y, model.dbn.refine_hidden(y)).double()
+        return y, {
+            "bound_nats": float(bound.mean()),
+            "bound_nats_se": float(bound.std() / math.sqrt(len(bound))) if len(bound) > 1 else None,
+            "bound_gaussian": float(model.baseline("gaussian").log_prob(y).mean()),
+            "bound_student_t": float(model.baseline("student_t").log_prob(y).mean()),
+        }
 
 
 def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor, "scene 4"]:
@@ -143,19 +140,3 @@ def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor,
         offset, torch.exp((2 * uniform[:, 2] - 1) * math.log(2)), (2 * uniform[:, 3] - 1) * math.pi / 6
     )
     return gazes.compose(truth.double(), local)
-
-
-def _mean(values: Tensor | None) -> float | None:
-    return None if values is None else float(values.double().mean())
-
-
-def _largest(values: Any) -> float | None:
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    return float(finite.max()) if len(finite) else None
-
-
-def _smallest(values: Any) -> float | None:
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    return float(finite.min()) if len(finite) else None

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.inference.attend import SMALLEST, SPREAD, Candidates, mode_points, odds_score, search
+from foveate.inference.attend import SPREAD, Candidates, mode_points, odds_score, scene_pyramid, search
 from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
@@ -100,7 +100,7 @@ def fit(
     """Train everything from scenes with known gazes.
 
     Args:
-        scenes: labelled scenes; a tenth (whole people, where people are known) is held out to calibrate on.
+        scenes: labelled scenes; some (see `held_out`) are kept to calibrate on.
         clutter: pictures without the object; None takes windows of the scenes that miss it.
         glance_steps: steps of the guide's peripheral half; 600 take about half a minute on two cores.
         look_steps: steps of its foveal half; 600 take about 45 s.
@@ -234,13 +234,13 @@ def _jittered(
 
 
 def _misaligned(
-    pyramid: Pyramid, truth: Float[Tensor, "scene 4"], generator: torch.Generator, count: int = 4
+    pyramid: Pyramid, truth: Float[Tensor, "scene 4"], generator: torch.Generator
 ) -> Float[Tensor, "scene version 24 24"]:
     """Crops as far off as found gazes are: sd 0.8 canonical pixels, 5 % in scale and 0.05 radians.
 
     Where gazes are found and not marked, people are told apart better so than by crops with a labeller's jitter.
     """
-    gaze = torch.stack([_jittered(of.expand(count, 4), 0.8, 0.05, generator) for of in truth.double()])
+    gaze = torch.stack([_jittered(of.expand(4, 4), 0.8, 0.05, generator) for of in truth.double()])
     return pyramid.extract(gaze).float()
 
 
@@ -331,11 +331,8 @@ def calibrate(
     First the guide's sds. Then the model's variant: noise, temperature, and whether the guide's belief acts as a prior
     of the gaze. Last the weights of the evidence for a mode.
     """
-    pyramids = [
-        Pyramid.build(scenes.pictures(held[i : i + BATCH].tolist()), smallest=SMALLEST)
-        for i in range(0, len(held), BATCH)
-    ]
-    true = [truth[held[i : i + BATCH]].double() for i in range(0, len(held), BATCH)]
+    pyramids = [scene_pyramid(model, scenes.pictures(rows.tolist())) for rows in held.split(BATCH)]
+    true = [truth[rows].double() for rows in held.split(BATCH)]
     near = [_nearest(search(model, guide, p, modes=6), t) for p, t in zip(pyramids, true, strict=True)]
     _calibrate_sds(model, guide, pyramids, near, true)
     # Once more: the width of a mode follows the guide's sds.

@@ -104,7 +104,6 @@ class HMCWithinGibbs(MCMCKernel):
             source = {"value_and_grad_fn": _Current(self)}
         self.hmc = BatchedHMC(batch_dims=batch_dims, seed=seed, streams=streams, **source, **hmc_options)
         self.transforms: dict[str, Any] | None = None if model is not None else {}
-        self._latest: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Find a start for all sites and set up HMC given the updated ones."""
@@ -136,10 +135,10 @@ class HMCWithinGibbs(MCMCKernel):
         start = self.hmc.initial_params
         assert start is not None
         first = next(iter(start.values()))
-        self._batch = tuple(first.shape[: self.hmc.batch_dims])
         self._like, self._round = first, 0
-        self._noise = KeyedNoise(self._seed, batch_streams(self.streams, self._batch))
-        self._latest = self._initial = {**start, **self._values}
+        batch = tuple(first.shape[: self.hmc.batch_dims])
+        self._noise = KeyedNoise(self._seed, batch_streams(self.streams, batch))
+        self._initial = {**start, **self._values}
 
     @property
     def initial_params(self) -> dict[str, Tensor] | None:
@@ -173,8 +172,7 @@ class HMCWithinGibbs(MCMCKernel):
         for _ in range(self.hmc_steps):
             moving = self.hmc.sample(moving)
         self._round += 1
-        self._latest = {**moving, **self._values}
-        return self._latest
+        return {**moving, **self._values}
 
     @property
     def statistics(self) -> HMCStatistics:

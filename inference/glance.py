@@ -14,7 +14,6 @@ from foveate.model.patch import Pyramid
 
 __all__ = [
     "Glance",
-    "GlanceLoss",
     "Proposals",
     "VIEW_STEP",
     "cell_centres",
@@ -43,14 +42,6 @@ class Proposals(NamedTuple):
     logit: Tensor
 
 
-class GlanceLoss(NamedTuple):
-    """``total`` to minimise, and its parts for the log: ``presence`` and ``change``."""
-
-    total: Tensor
-    presence: Tensor
-    change: Tensor
-
-
 class Glance(nn.Module):
     """A fully convolutional network: in each cell of a view, the presence of an object and the way to it.
 
@@ -63,7 +54,6 @@ class Glance(nn.Module):
 
     def __init__(self, width: int = 24):
         super().__init__()
-        self.width = width
         self.features = feature_layers(width)
         self.head = nn.Conv2d(3 * width, 5, 1)
         assert self.head.bias is not None
@@ -108,7 +98,7 @@ def glance_loss(
     output: Float[Tensor, "n 5 rows columns"],
     target: Float[Tensor, "n 4"],
     has_object: Float[Tensor, " n"],
-) -> GlanceLoss:
+) -> Float[Tensor, ""]:
     """Quality-focal loss of presence against a soft target, Huber loss of the change where the target is high.
 
     Args:
@@ -144,7 +134,7 @@ def glance_loss(
     )
     error = functional.smooth_l1_loss(output[:, 1:], wanted, reduction="none", beta=0.1).sum(1)
     change = (error * quality).sum() / weight
-    return GlanceLoss(presence + change, presence, change)
+    return presence + change
 
 
 def cell_centres(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "rows columns 2"]:

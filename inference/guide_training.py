@@ -20,6 +20,8 @@ from foveate.model.patch import Pyramid
 __all__ = ["GuideData", "train_glance", "train_looks"]
 
 VIEW = 64
+# Scenes, and pictures of clutter, whose proposals teach presence at most, and proposals of each.
+WATCHED, PROPOSED = 200, 6
 # Up to so many scenes every window is changed into what they might have shown. On scenes of the train splits that
 # nothing was trained on, that helped where eighty scenes were learned from and harmed where seven hundred were.
 FEW = 150
@@ -113,7 +115,7 @@ def train_glance(
             window[:quarter], present[:quarter] = other[:quarter].float(), 0.0
         window, target, _ = mirrored(window, target, None, generator)
         output = guide.glance(relit(window.float(), generator).to(device))
-        loss = glance_loss(output, target.to(device), present.to(device)).total
+        loss = glance_loss(output, target.to(device), present.to(device))
         losses.append(_descend(loss, guide.glance, optimiser, schedule, step))
         checkpoint.keep("glance", guide.glance, optimiser, generator, losses, step == steps - 1)
         if progress:
@@ -224,14 +226,14 @@ class _Distractors:
         self.now = gaze.clone()
 
     @classmethod
-    def found(cls, guide: GazeGuide, data: GuideData, most: int = 200, each: int = 6) -> "_Distractors":
-        """Proposals on up to `most` labelled scenes and pictures of clutter, without those that see the object."""
-        labelled = data.pyramid[torch.arange(min(most, len(data.pyramid)))]
+    def found(cls, guide: GazeGuide, data: GuideData) -> "_Distractors":
+        """Proposals on up to `WATCHED` labelled scenes and pictures of clutter, without those that see the object."""
+        labelled = data.pyramid[torch.arange(min(WATCHED, len(data.pyramid)))]
         pyramids, truths = [labelled], [data.gaze[: len(labelled)].double()]
         if data.clutter is not None:
-            pyramids.append(data.clutter[torch.arange(min(most, len(data.clutter)))])
+            pyramids.append(data.clutter[torch.arange(min(WATCHED, len(data.clutter)))])
             truths.append(torch.full((len(pyramids[1]), 4), math.nan, dtype=torch.float64))
-        gaze = torch.cat([propose(guide.glance, pyramid, each).gaze.double() for pyramid in pyramids])
+        gaze = torch.cat([propose(guide.glance, pyramid, PROPOSED).gaze.double() for pyramid in pyramids])
         truth = torch.cat(truths)[:, None].expand_as(gaze)
         # A comparison with the unknown gaze of clutter is never true, so clutter always misses.
         misses = ~(gazes.overlap(gaze, truth) > 0.05)

@@ -12,7 +12,14 @@ import numpy as np
 
 from foveate.model.identity import FLAT, ROOT
 
-__all__ = ["contract_slopes", "edge_slopes", "patch_slopes", "quadratic_energy", "quadratic_trajectory"]
+__all__ = [
+    "contract_slopes",
+    "edge_features",
+    "edge_slopes",
+    "patch_slopes",
+    "quadratic_energy",
+    "quadratic_trajectory",
+]
 
 # Sums may be reordered so that they vectorise; infinities keep their meaning, and what is not a number never enters.
 _FAST = {"contract", "arcp", "nsz", "reassoc", "nnan"}

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.inference.attend import MERGE, SMALLEST, chain_starts, odds_score, search
+from foveate.inference.attend import MERGE, TRAJECTORIES, chain_starts, mode_potential, scene_pyramid, search
 from foveate.inference.checkpoint import Run, atomic_file, load, save, write_json
 from foveate.inference.fit import (
     Progress,
@@ -51,7 +51,6 @@ from foveate.inference.guide_training import GuideData, train_glance, train_look
 from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, stream_keys
 from foveate.inference.posterior import picture_hash
-from foveate.inference.potential import GazePotential
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
 from foveate.inference.resume import digest, holds_work
 from foveate.model import gaze as gazes
@@ -190,7 +189,7 @@ class _Plan:
     report: Progress
 
     def generator(self, *key: int) -> torch.Generator:
-        """A generator for one purpose of one round."""
+        """A generator for one purpose of one round (two that do not meet share key 8)."""
         return torch.Generator().manual_seed(self.seed_of(*key))
 
     def seed_of(self, *key: int) -> int:
@@ -315,20 +314,16 @@ def _attended(
         ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and at some draws; and
         what the next round's chains carry.
     """
-    pyramid = _pyramid(run, pictures)
+    pyramid = scene_pyramid(run.model, pictures)
     found = search(run.model, run.guide, pyramid)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
-    chart = gazes.LocalChart(base[:, None])
-    weight = float(run.guide.prior_weight)
-    belief = weight / sd[:, None].square() if weight > 0 else None
-    score, prior = odds_score(run.model, None), run.model.prior(pyramid.size.double())
-    potential = GazePotential(pyramid, chart, score, prior, belief)
+    potential = mode_potential(run.model, run.guide, pyramid, base, sd)
     streams = keys[:, None] * 1009 + torch.arange(CHAINS)
     z = chain_starts(potential, base, sd, KeyedNoise(seed, streams))
     adaptation: dict[str, Tensor] = {}
     if before is not None:
         stayed = gazes.overlap(before["gaze"].to(base), base) > MERGE
-        carried = chart.to_chart(before["draws"][:, :, -1].to(base))
+        carried = potential.chart.to_chart(before["draws"][:, :, -1].to(base))
         stayed = stayed & torch.isfinite(potential(carried)[0]).all(-1)
         z = torch.where(stayed[:, None, None], carried, z)
         names_carried = ("streams", "log_step", "inverse_mass", "log_length")
@@ -341,9 +336,7 @@ def _attended(
         seed=seed,
         streams=streams,
         adaptation=adaptation,
-        step_size=0.3,
-        trajectory_length=1.6,
-        max_num_steps=24,
+        **TRAJECTORIES,
     )
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))
@@ -467,14 +460,10 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
     found, truth = [], []
     for begin in range(0, len(chosen), PART):
         rows = [held.scenes[i] for i in chosen[begin : begin + PART].tolist()]
-        found.append(search(run.model, run.guide, _pyramid(run, plan.scenes.pictures(rows)), modes=6))
+        found.append(search(run.model, run.guide, scene_pyramid(run.model, plan.scenes.pictures(rows)), modes=6))
         truth.append(gaze[begin : begin + PART].to(found[-1].gaze))
     figures = weigh_evidence(run.guide, found, truth)
     return Run(run.model, run.guide, run.config | {"evidence": figures["evidence"]})
-
-
-def _pyramid(run: Run, pictures: list[Tensor]) -> Pyramid:
-    return Pyramid.build([p.to(_device(run)) for p in pictures], oversampling=2.0, smallest=SMALLEST)
 
 
 def _device(run: Run) -> torch.device:

@@ -57,8 +57,8 @@ class Posterior:
     Attributes:
         gaze: ``(scene, chain, draw, 4)`` draws of the heaviest mode.
         statistics: what happened in each draw, ``(scene, chain, draw)`` each, under ArviZ' names (``lp,
-            acceptance_rate, step_size, n_steps, diverging, energy, energy_error, tree_depth``); a sampler gives those
-            it has.
+            acceptance_rate, step_size, n_steps, diverging, energy, energy_error``); Pyro's own kernels give ``lp`` and
+            ``diverging`` alone.
         modes: ``(scene, mode, 4)``, heaviest first; NaN where a scene has fewer.
         weights: ``(scene, mode)`` posterior weights of the modes; 0 where a scene has fewer.
         presence: ``(scene,)`` probability that the scene shows the object at all; where a person's picture was given
@@ -207,6 +207,8 @@ class Posterior:
                 return cls._from_datatree(tree.load(), str(path))
         except OSError as error:
             raise InputError(f"{path} is no netCDF file or is damaged ({error}); write it again") from error
+        except InputError:
+            raise
         except (KeyError, ValueError) as error:
             raise InputError(
                 f"{path} is not a whole posterior of scenes: {error.args[0]}; write it again, or read it with ArviZ"

@@ -12,7 +12,7 @@ prefers blank walls to faces.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyro
@@ -34,7 +34,7 @@ from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates
 
-__all__ = ["AttentionModel", "Pictures", "SceneLikelihood", "as_picture", "as_pyramid"]
+__all__ = ["AttentionModel", "SceneLikelihood", "as_picture", "as_pyramid"]
 
 # Grey levels may lie so far outside [0, 1]: what interpolation overshoots is no picture of another scale.
 OUTSIDE = 0.2
@@ -45,14 +45,6 @@ PRIORS: dict[str, tuple[type[gazes.GazePrior] | type[gazes.FlatGazePrior], tuple
     "proper": (gazes.GazePrior, ("typical", "log_scale_sd", "rotation_sd", "edge")),
     "flat": (gazes.FlatGazePrior, ("largest",)),
 }
-
-
-class _HasPictures(Protocol):
-    def pictures(self) -> list[Tensor]: ...
-
-
-# What the model attends to: packed pyramids, tensors (height, width) in [0, 1], or anything with a method pictures().
-Pictures = Pyramid | Sequence[Tensor] | Tensor | _HasPictures
 
 
 def as_pyramid(pictures: Any, dtype: torch.dtype = torch.float32) -> Pyramid:
@@ -70,7 +62,7 @@ def as_pyramid(pictures: Any, dtype: torch.dtype = torch.float32) -> Pyramid:
     if getattr(pictures, "ndim", None) == 2:
         raise InputError("one picture was given where a list of pictures is needed: write [picture]")
     if hasattr(pictures, "pictures"):
-        pictures = cast(_HasPictures, pictures).pictures()
+        pictures = pictures.pictures()
     return Pyramid.build([as_picture(picture, i, dtype) for i, picture in enumerate(pictures)])
 
 

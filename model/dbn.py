@@ -520,7 +520,6 @@ class DeepBeliefNet(nn.Module):
     def refine_hidden(
         self,
         y: Float[Tensor, "*batch dimension"],
-        q: Float[Tensor, "*batch hidden"] | None = None,
         *,
         steps: int = 10,
         rate: float = 0.6,
@@ -533,12 +532,11 @@ class DeepBeliefNet(nn.Module):
 
         Args:
             y: density coordinates.
-            q: where to start; the recognition posterior by default.
             steps: mean-field steps.
             rate: share of the way that the log-odds go in a step.
         """
         y = y.detach()
-        q = (self.layer.recognise(y) if q is None else q).detach()
+        q = self.layer.recognise(y).detach()
         logits = torch.logit(q, 1e-5)
         for _ in range(steps):
             with torch.enable_grad():
@@ -662,7 +660,6 @@ class HiddenPrior(TorchDistribution):
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
     support = constraints.independent(constraints.boolean, 1)  # pyright: ignore[reportAssignmentType]
-    has_enumerate_support = False
 
     def __init__(self, dbn: DeepBeliefNet, batch_shape: torch.Size = torch.Size(), *, sweeps: int = 50) -> None:
         self.dbn, self.sweeps = dbn, sweeps

@@ -1,7 +1,6 @@
 """Elliptical densities, one Gaussian and one Student-t: what the deep belief network has to beat, and its core."""
 
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,7 @@ from foveate.model.errors import InputError
 
 __all__ = ["EllipticalDensity", "choose_elliptical", "standard_gamma"]
 
-# Floors and degrees of freedom among which validation chooses: half-decades around the noise of a camera's grey levels.
+# Floors, three to a decade about the noise of a camera's grey levels, and degrees of freedom: validation chooses.
 FLOORS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 DEGREES_OF_FREEDOM = (4.0, 6.0, 8.0, 12.0, 20.0)
 
@@ -134,8 +133,6 @@ def choose_elliptical(
     validation: Float[Tensor, "held_out dimension"],
     *,
     student: bool,
-    floors: Sequence[float] = FLOORS,
-    degrees_of_freedom: Sequence[float] = DEGREES_OF_FREEDOM,
 ) -> tuple[EllipticalDensity, dict[str, float]]:
     """The baseline of its kind: floor, and ν of a Student-t, that score best on validation samples.
 
@@ -146,13 +143,12 @@ def choose_elliptical(
     mean, covariance = data.mean(0), torch.cov(data.T)
     identity = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
     best: tuple[EllipticalDensity, dict[str, float]] | None = None
-    for floor in floors:
+    for floor in FLOORS:
         density = EllipticalDensity(mean.to(y.dtype), covariance + floor * identity)
-        for nu in degrees_of_freedom if student else (math.inf,):
+        for nu in DEGREES_OF_FREEDOM if student else (math.inf,):
             density = EllipticalDensity.from_axes(density.mean, density.axes, density.variances, nu)
             score = float(density.log_prob(validation).mean())
             if best is None or score > best[1]["validation"]:
                 best = density, {"floor": floor, "nu": nu, "validation": score}
-    if best is None:
-        raise InputError("no floor or no degrees of freedom to choose among: give at least one of each")
+    assert best is not None
     return best

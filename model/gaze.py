@@ -271,7 +271,6 @@ class GazePrior(TorchDistribution):
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
     support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
-    has_rsample = False
 
     def __init__(
         self,
@@ -346,7 +345,6 @@ class FlatGazePrior(TorchDistribution):
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
-    has_rsample = False
 
     def __init__(self, size: Num[Tensor, "*batch 2"], largest: float = 1.5, validate_args: bool | None = None):
         _check_positive(largest=largest)

@@ -174,10 +174,7 @@ class Pyramid:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pyramid":
         """The same pyramid with its texels in another dtype or on another device."""
-        tables = [
-            t.to(device) if device is not None else t
-            for t in (self.offset, self.rows, self.columns, self.stride, self.size)
-        ]
+        tables = [t.to(device=device) for t in (self.offset, self.rows, self.columns, self.stride, self.size)]
         texels = self.texels
         if dtype is not None and dtype.is_floating_point and not texels.is_floating_point():
             texels = (texels.to(dtype) + 128) / 255
@@ -310,8 +307,8 @@ def extract(
         size: lattice points along a side.
         extent: width of the lattice in canonical patches (1: the patch, 3: the guide's window).
 
-    Convention: as `foveate.model.patch`; full-resolution levels, so that the value is the definition's (to 1e-5 in
-    float32). Differentiable in `gaze`. Device and dtype follow the pictures.
+    Convention: as `foveate.model.patch`; of pictures, full-resolution levels, so that the value is the definition's (to
+    1e-5 in float32); of a `Pyramid`, the levels it has. Differentiable in `gaze`. Device and dtype follow the pictures.
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 2:
         return extract([pictures], gaze[None], size, extent)[0]

@@ -228,7 +228,8 @@ class GaussianRBM(_RBM):
         self, v: Float[Tensor, "*#batch visible"], h: Float[Tensor, "*#batch hidden"]
     ) -> Float[Tensor, "*batch"]:
         """``E(v, h)`` in nats."""
-        return self._quadratic(v) - (h * self.hidden_activation(v)).sum(-1)
+        quadratic = 0.5 * (((v - self.visible_bias) / self.sigma) ** 2).sum(-1)
+        return quadratic - (h * self.hidden_activation(v)).sum(-1)
 
     def visible_mean(self, h: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch visible"]:
         """``E[v | h] = b + σ² ∘ W h``."""
@@ -271,16 +272,13 @@ class GaussianRBM(_RBM):
             "log_sigma": (scaled * (v - self.visible_bias)).mean(0),
         }
 
-    def _quadratic(self, v: Tensor) -> Tensor:
-        return 0.5 * (((v - self.visible_bias) / self.sigma) ** 2).sum(-1)
-
 
 class FantasyChains(NamedTuple):
     """State of persistent chains.
 
     Attributes:
         particles: ``(chain, visible)`` where the chains stand.
-        fast: for each parameter the fast weights added to it while the chains move; empty for plain PCD.
+        fast: for each parameter the fast weights added to it while the chains move; plain PCD leaves them as they are.
     """
 
     particles: Tensor

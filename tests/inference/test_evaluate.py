@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.data import Scenes
-from foveate.inference.attend import attend_batches
+from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run
 from foveate.inference.evaluate import evaluate, jittered_starts
 from foveate.inference.guide import GazeGuide
@@ -96,14 +95,14 @@ def test_chains_that_stand_still_do_not_pass_for_chains_that_agree(
 ) -> None:
     """Both chains of the first scene never move, 30 pixels apart: no R-hat, and it must be told."""
 
-    def stuck(*arguments: Any, **options: Any) -> Iterator[Posterior]:
-        for posterior in attend_batches(*arguments, **options):
-            posterior.gaze[0] = posterior.gaze[0, :1, :1]
-            posterior.gaze[0, 1, :, 2] += 30
-            yield posterior
+    def stuck(*arguments: Any, **options: Any) -> Posterior:
+        posterior = attend(*arguments, **options)
+        posterior.gaze[0] = posterior.gaze[0, :1, :1]
+        posterior.gaze[0, 1, :, 2] += 30
+        return posterior
 
     # The package's attribute of that name is the function.
-    monkeypatch.setattr(importlib.import_module("foveate.inference.evaluate"), "attend_batches", stuck)
+    monkeypatch.setattr(importlib.import_module("foveate.inference.evaluate"), "attend", stuck)
     results, posterior = evaluate(run, scenes, **SHORT)
     assert results["rhat_undefined"] == 1
     assert results["rhat_max"] == pytest.approx(float(posterior.rhat()[1:].max()))

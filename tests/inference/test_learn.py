@@ -237,7 +237,7 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
             believed.setdefault(stage, set()).update(now)
             now.clear()
 
-    monkeypatch.setattr(learning, "GazePotential", Watched)
+    monkeypatch.setattr(importlib.import_module("foveate.inference.attend"), "GazePotential", Watched)
     learned = learn(run, soft_scenes(40), **QUICK, progress=progress)
     assert believed == {
         "looking, start": {True},

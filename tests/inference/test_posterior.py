@@ -294,6 +294,17 @@ def test_a_file_without_one_of_its_groups_is_called_incomplete(tmp_path: Path) -
         Posterior.load(tmp_path / "posterior.nc")
 
 
+def test_a_file_of_one_chosen_scene_is_left_to_arviz(tmp_path: Path) -> None:
+    make().to_datatree().isel(scene=0).to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match="read it with ArviZ"):
+        Posterior.load(tmp_path / "posterior.nc")
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_draw_has_no_standard_deviation_and_no_warning() -> None:
+    assert bool(make(chains=1, draws=1).sd.isnan().all())
+
+
 def test_a_file_of_another_format_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(posterior_module, "FORMAT", 99)
