@@ -293,7 +293,7 @@ class GazePotential:
         belief: precisions of a normal density of the coordinates about 0, a guide's ``p(u | I)`` used as a prior; it
             broadcasts against the batch. ``None`` leaves it out.
 
-    Convention: as the module. A gaze of a million scene pixels or more has infinite energy.
+    Convention: as the module. To the compiled loops a gaze of a million scene pixels or more has infinite energy.
     """
 
     def __init__(
