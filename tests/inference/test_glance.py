@@ -46,7 +46,7 @@ def test_a_cell_looks_at_the_pixel_that_its_centre_names(rows: int, columns: int
         torch.testing.assert_close(cells[row, column], pixels[CELL * row, CELL * column])
         # What an impulse leaves behind is centred on the cell that looks at it.
         down, across = torch.meshgrid(*(torch.arange(float(n)) for n in response.shape), indexing="ij")
-        centre = [float((response * place).sum() / response.sum()) for place in (down, across)]
+        centre = [float(((response * place).sum() / response.sum()).detach()) for place in (down, across)]
         assert centre == pytest.approx([row, column], abs=1e-4)  # float32 sums
 
 
