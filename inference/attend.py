@@ -365,6 +365,7 @@ def attend_batches(
         int, (chains, draws, warmup, modes, guide_steps, seed, batch, max_objects)
     )
     guide.eval()
+    believed = model.config
     device = model.dbn.core.mean.device
     settings: dict[str, Any] = {
         "chains": chains,
@@ -378,9 +379,9 @@ def attend_batches(
         "canonical": "free" if canonical is None else "given",
         "modes": modes,
         "max_objects": max_objects,
-        "noise": float(model.noise),
-        "temperature": float(model.temperature),
-        "gaze_prior": {"kind": model.gaze_prior, **{name: float(v) for name, v in model.prior_options.items()}},
+        "noise": believed["noise"],
+        "temperature": believed["temperature"],
+        "gaze_prior": {"kind": believed["gaze_prior"], **believed["prior_options"]},
     }
 
     # Priors that are not compiled, and Pyro's kernels, need derivatives even where the caller needs none.

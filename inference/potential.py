@@ -469,7 +469,11 @@ class _Tables(NamedTuple):
         pyramid, chart, prior, belief = potential.pyramid, potential.chart, potential.prior, potential.belief
         if len(shape) < 2 or shape[0] != len(pyramid) or shape[-1] != 4:
             raise InputError(f"chart coordinates of shape {shape} for {len(pyramid)} scenes: needed is (scene, ..., 4)")
-        settings = [float(setting) for setting in _settings(prior)] if potential._compiles_prior else []
+        settings = (
+            [float(setting.detach() if isinstance(setting, Tensor) else setting) for setting in _settings(prior)]
+            if potential._compiles_prior
+            else []
+        )
         lattice_points = lattice(dtype=pyramid.texels.dtype).reshape(-1, 2).numpy()
         texels = (pyramid.texels, pyramid.offset, pyramid.rows, pyramid.columns, pyramid.stride, pyramid.size)
         return cls(

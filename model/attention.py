@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -40,6 +40,8 @@ __all__ = ["AttentionModel", "SceneLikelihood", "as_picture", "as_pyramid"]
 OUTSIDE = 0.2
 
 LATENTS = ("full", "given_hidden", "collapsed")
+# Settings of the likelihood that are one positive number each.
+NUMBERS = ("noise", "temperature")
 # The priors over gazes and the options of each.
 PRIORS: dict[str, tuple[type[gazes.GazePrior] | type[gazes.FlatGazePrior], tuple[str, ...]]] = {
     "proper": (gazes.GazePrior, ("typical", "log_scale_sd", "rotation_sd", "edge")),
@@ -221,14 +223,15 @@ class AttentionModel(PyroModule):
         """Settings may be changed at any time; what the model cannot be is refused there and then."""
         if name == "latent" and value not in LATENTS:
             raise InputError(f"latent={value!r}: one of {', '.join(LATENTS)}")
-        if name == "gaze_prior" and value not in PRIORS:
+        if name == "gaze_prior" and value not in tuple(PRIORS):
             raise InputError(f"gaze_prior={value!r}: 'proper' or 'flat'")
         # What Pyro samples or learns in place of a number has a law of its own.
-        if name in ("noise", "temperature") and isinstance(value, int | float | np.number | Tensor):
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise InputError(f"{name} has shape {tuple(value.shape)}: a positive number is needed")
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name}={value}: a positive number is needed")
+        if name in NUMBERS and not isinstance(value, PyroSample | PyroParam):
+            number = _number(name, value)
+            if not (number > 0 and math.isfinite(number)):
+                raise InputError(f"{name}={number}: a positive number is needed")
+            if self._is_no_number(name) and not isinstance(value, Tensor):
+                delattr(self, name)
         if (
             name == "clutter"
             and value is not None
@@ -246,16 +249,27 @@ class AttentionModel(PyroModule):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `inference.checkpoint` writes beside the tensors."""
+        """What `attend` goes by and `inference.checkpoint` writes beside the tensors.
+
+        Raises:
+            InputError: for a noise, a temperature or an option of the prior that is no number.
+        """
+        for name in NUMBERS:
+            if self._is_no_number(name):
+                raise InputError(f"{name} is sampled or learned: set it to a number before attending or saving")
         return {
-            "noise": float(self.noise),
-            "temperature": float(self.temperature),
+            "noise": _number("noise", self.noise),
+            "temperature": _number("temperature", self.temperature),
             "gaze_prior": self.gaze_prior,
-            "prior_options": {name: float(value) for name, value in self.prior_options.items()},
+            "prior_options": {name: _number(name, value) for name, value in self.prior_options.items()},
             "clutter": self.clutter is not None,
             "identity": None if self.identity is None else len(self.identity.between),
             "edges": self.edges is not None,
         }
+
+    def _is_no_number(self, name: str) -> bool:
+        """Whether a parameter or a random variable stands in a number's place."""
+        return any(name in vars(self).get(kept, {}) for kept in ("_parameters", "_pyro_params", "_pyro_samples"))
 
     def with_latent(self, latent: Literal["full", "given_hidden", "collapsed"]) -> "AttentionModel":
         """The same model (shared parameters, and the same subclass) as another of its densities."""
@@ -353,6 +367,14 @@ class AttentionModel(PyroModule):
     def _collapsed(self, batch_shape: torch.Size) -> SceneLikelihood:
         dense_object, dense_clutter = self.marginal_densities()
         return SceneLikelihood(dense_object, dense_clutter, self.temperature, batch_shape, self.edges)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        what = f" has shape {tuple(value.shape)}" if hasattr(value, "shape") else f"={value!r}"
+        raise InputError(f"{name}{what}: a positive number is needed") from None
 
 
 def _patches(pyramid: Pyramid, gaze: Tensor) -> Tensor:

@@ -717,7 +717,7 @@ def _own_prior(self: AttentionModel, size: Tensor) -> gazes.GazePrior:
     return _Steeper(size)
 
 
-def test_a_double_diagonal_net_is_attended_with_as_its_float_twin(world: World) -> None:
+def test_a_double_diagonal_net_can_be_attended_with(world: World) -> None:
     double = copy.deepcopy(world.model).double()
     options = SHORT | {"draws": 2, "warmup": 2, "start": world.start}
     found = attend(double, world.guide, world.scenes, **options)

@@ -577,6 +577,10 @@ def test_options_that_mean_nothing_are_refused(toy: Toy, options: Any, message: 
         ("temperature", -1.0),
         ("noise", 0),
         ("noise", np.float32(0)),
+        ("noise", None),
+        ("noise", "-1"),
+        ("temperature", np.array(-1.0)),
+        ("gaze_prior", ["flat"]),
         ("gaze_prior", "uniform"),
         ("latent", "half"),
         ("clutter", EllipticalDensity.blank(575)),
@@ -600,6 +604,20 @@ def test_the_noise_may_be_a_random_variable_of_its_own(toy: Toy) -> None:
     values = {name: trace.nodes[name]["value"] for name in ("gaze", "canonical")}
     wanted = traced(again, toy.pictures, **values).nodes["patch"]["log_prob"]
     torch.testing.assert_close(trace.nodes["patch"]["log_prob"], wanted)
+
+
+@pytest.mark.parametrize("learned", [PyroParam(torch.tensor(0.4)), torch.nn.Parameter(torch.tensor(0.4))])
+def test_a_noise_that_is_learned_is_no_setting_until_it_is_a_number_again(toy: Toy, learned: Any) -> None:
+    model = copy.deepcopy(toy.model)
+    del model.noise
+    model.noise = learned
+    with pytest.raises(InputError, match="noise is sampled or learned"):
+        _ = model.config
+    model.noise = 0.3
+    assert model.config["noise"] == 0.3
+    assert not any(name.startswith("noise") for name in model.state_dict())
+    model.noise = cast(Any, torch.tensor(0.7))
+    assert model.config["noise"] == pytest.approx(0.7)
 
 
 def test_arrays_of_either_order_of_bytes_are_pictures(toy: Toy) -> None:
