@@ -3,10 +3,9 @@
 The posterior is p(u | v, I) of composed scenes of 448 × 296 pixels, σ = 0.05, v the true patch seen through that noise,
 in the chart of offsets (canonical pixels), log-scale / 10 and angle / 10. Leapfrog steps are timed at a fixed step size
 of 0.02 and 20 steps; effective draws per second on 500 + 500 draws (100 + 100 where a sampler is slow: `ess_draws` and
-`subsampled` in the results say so), each sampler with its own warm-up: the smallest
-bulk ESS of a scene's four coordinates over its chains, median over scenes, by the seconds of warm-up and draws
-together. The HMC of the peers does not choose the number of its steps, so each has the best of several. Compilation is
-left out everywhere.
+`subsampled` in the results say so), each sampler with its own warm-up: the smallest bulk ESS of a scene's four
+coordinates over its chains, median over scenes, by the seconds of warm-up and draws together. The HMC of the peers does
+not choose the number of its steps, so each has the best of several. Compilation is left out everywhere.
 """
 
 import json

@@ -189,7 +189,7 @@ class _Plan:
     report: Progress
 
     def generator(self, *key: int) -> torch.Generator:
-        """A generator for one purpose of one round (two that do not meet share key 8)."""
+        """A generator for one purpose of one round; key 8 serves two: what weighs the evidence, order of reading."""
         return torch.Generator().manual_seed(self.seed_of(*key))
 
     def seed_of(self, *key: int) -> int:

@@ -120,6 +120,21 @@ def test_energy_and_gradient_equal_the_definition_and_autograd(name, prior):
     assert torch.allclose(gradient[inside], slope[inside], rtol=1e-10, atol=1e-10 * float(slope[inside].abs().max()))
 
 
+def test_a_prior_with_settings_for_every_scene_scores_each_scene_by_its_own() -> None:
+    function, z = potential("odds"), coordinates()
+    size, typical = function.pyramid.size.double(), torch.tensor([0.2, 0.4, 0.3], dtype=torch.float64)
+    turns = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
+    every = GazePotential(function.pyramid, function.chart, function.score, GazePrior(size, typical, 0.5, turns))
+    found = every(z)
+    for i in range(3):
+        prior = GazePrior(size, float(typical[i]), 0.5, float(turns[i]))
+        alone = GazePotential(function.pyramid, function.chart, function.score, prior)(z)
+        inside = torch.isfinite(alone[0][i])
+        # One is compiled and one is not: rounding, as above.
+        for mine, wanted in zip(found, alone, strict=True):
+            assert torch.allclose(mine[i][inside], wanted[i][inside], rtol=1e-10, atol=1e-8)
+
+
 class Upright(GazePrior):
     """Another density than that of the class it derives from."""
 

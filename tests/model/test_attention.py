@@ -594,15 +594,15 @@ def test_settings_that_mean_nothing_are_refused_when_they_are_changed_too(toy: T
     assert getattr(model, name) is before
 
 
-def test_the_noise_may_be_a_random_variable_of_its_own(toy: Toy) -> None:
-    model = copy.deepcopy(toy.model).with_latent("given_hidden")
+def test_the_noise_may_be_a_random_variable_of_its_own(double: Toy) -> None:
+    model = copy.deepcopy(double.model).with_latent("given_hidden")
     del model.noise
-    model.noise = PyroSample(pyro.distributions.LogNormal(0.0, 0.1))
-    trace = traced(model, toy.pictures)
+    model.noise = PyroSample(pyro.distributions.LogNormal(torch.tensor(0.0, dtype=torch.float64), 0.1))
+    trace = traced(model, double.pictures)
     again = copy.deepcopy(model)
     again.noise = float(trace.nodes["noise"]["value"])
     values = {name: trace.nodes[name]["value"] for name in ("gaze", "canonical")}
-    wanted = traced(again, toy.pictures, **values).nodes["patch"]["log_prob"]
+    wanted = traced(again, double.pictures, **values).nodes["patch"]["log_prob"]
     torch.testing.assert_close(trace.nodes["patch"]["log_prob"], wanted)
 
 
