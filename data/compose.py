@@ -391,8 +391,8 @@ def _compose(
     u = np.stack([_uniforms((*entropy, i), 6) for i in range(n)])
     chosen_sizes = [sizes[k] for k in (u[:, 0] * len(sizes)).astype(int)]
     chosen = (u[:, 1] * len(objects)).astype(int)
-    size = torch.tensor(chosen_sizes, dtype=torch.float64).reshape(-1, 2)
     v = torch.from_numpy(u)
+    size = v.new_tensor(chosen_sizes).reshape(-1, 2)
     share = width[0] * (width[1] / width[0]) ** v[:, 2]
     scale = share * size.amin(-1) / gaze.CANONICAL_SIZE
     rotation = turn * (2 * v[:, 3] - 1)

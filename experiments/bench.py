@@ -125,7 +125,7 @@ def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> di
                 f"the bench on {count} thread(s) stopped with status {process.returncode}; its output is above"
             )
     result["ratios"] = _ratios(result["rows"])
-    result["load_at_end"] = list(os.getloadavg())
+    result["load_at_end"] = _load()
     result["seconds"] = time.time() - began
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
@@ -148,7 +148,7 @@ def _worker(threads: int, seed: int) -> None:
             z = 0.1 * torch.randn(scenes, chains, 4, generator=torch.Generator().manual_seed(seed))
             _tell("agreement_with_jax", agreement(potential, z))
         for row in _rows(potential, odds, scenes, chains, seed):
-            _tell("rows", {**row, "scenes": scenes, "chains": chains, "threads": threads, "load": os.getloadavg()[0]})
+            _tell("rows", {**row, "scenes": scenes, "chains": chains, "threads": threads, "load": _load()})
     for value in _scaling(problem):
         _tell("scaling", {**value, "threads": threads})
     _tell("memory", _memory(problem))
@@ -388,11 +388,16 @@ def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     return ratios
 
 
+def _load() -> list[float] | None:
+    """What else the machine does, over 1, 5 and 15 minutes; Windows does not tell."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
 def _machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "load": list(os.getloadavg()),
+        "load": _load(),
         "platform": platform.platform(),
     }
 

@@ -1,5 +1,6 @@
 """The command line `foveate`: typed options, one entry for every command, bad input told in one line."""
 
+import io
 import logging
 import sys
 import warnings
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words behind `foveate`; those of this process by default.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A table's minus, or a name, may be more than the terminal's encoding has; it is no reason to fail at the end.
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="%(message)s")  # what was converted about pictures, to standard error
     # Of photographs of 90 megapixels and more; Pillow refuses by an error what is twice as large.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)

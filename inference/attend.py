@@ -480,7 +480,7 @@ def _sampled(
     its own.
     """
     count, chains, draws = len(pyramid), settings["chains"], settings["draws"]
-    streams = keys[:, None] * 1009 + number * 104_729 + torch.arange(chains)
+    streams = keys[:, None] * 1009 + number * 104_729 + torch.arange(chains, device=keys.device)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
 
     def potential_of(rows: slice) -> GazePotential:
@@ -581,10 +581,11 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """The global generators of random numbers are afterwards as they were."""
+    """The global generators of random numbers are afterwards as they were, those of CUDA among them."""
     before = get_rng_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         set_rng_state(before)
 

@@ -67,8 +67,8 @@ def stretched(
     Convention: a view pixel is 1.5 canonical pixels; `target` is the object's gaze in the view's canonical frame.
     """
     n, size = view.shape[0], view.shape[-1]
-    ratio = STRETCH * torch.randn(n, generator=generator)
-    direction = math.pi * torch.rand(n, generator=generator)
+    ratio = STRETCH * torch.randn(n, generator=generator, dtype=torch.float32)
+    direction = math.pi * torch.rand(n, generator=generator, dtype=torch.float32)
     cos, sin = torch.cos(direction), torch.sin(direction)
     # The grid says where each pixel is read: the inverse map.
     less, more = torch.exp(-ratio), torch.exp(ratio)
@@ -147,19 +147,23 @@ def _about(view: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def relit(window: Float[Tensor, "n rows columns"], generator: torch.Generator) -> Float[Tensor, "n rows columns"]:
     """Other cameras and lamps: gamma, tone curve, a ramp of light, gain, offset, a lamp from the side, blur, noise."""
     n, rows, columns = window.shape
-    shape = (n, 1, 1)
+    shape, dtype = (n, 1, 1), window.dtype
 
     def normal(sd: float) -> Tensor:
-        return sd * torch.randn(shape, generator=generator)
+        return sd * torch.randn(shape, generator=generator, dtype=dtype)
+
+    def uniform() -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=dtype)
 
     def chosen(share: float) -> Tensor:
-        return torch.rand(shape, generator=generator) < share
+        return uniform() < share
 
     x = window.clamp(1e-3, 1.0) ** torch.exp(normal(0.4))
-    y_axis, x_axis = torch.linspace(-1, 1, rows)[:, None], torch.linspace(-1, 1, columns)[None, :]
+    y_axis, x_axis = (torch.linspace(-1, 1, pixels, dtype=dtype) for pixels in (rows, columns))
+    y_axis = y_axis[:, None]
     x = x * torch.exp(normal(0.25) * x_axis + normal(0.25) * y_axis) * torch.exp(normal(0.3)) + normal(0.05)
     # A lamp from one side: beyond a soft edge of any direction the light is another one; too much of it saturates.
-    direction = 2 * math.pi * torch.rand(shape, generator=generator)
+    direction = 2 * math.pi * uniform()
     edge = (torch.cos(direction) * x_axis + torch.sin(direction) * y_axis - normal(0.4)) / (0.05 + normal(0.2).abs())
     lamp = normal(0.7) * chosen(0.4)
     x = (x * torch.exp(lamp * torch.sigmoid(edge))).clamp(0, 1)
@@ -168,14 +172,14 @@ def relit(window: Float[Tensor, "n rows columns"], generator: torch.Generator) -
     coarse = functional.interpolate(functional.avg_pool2d(x[:, None], 2), size=(rows, columns), mode="bilinear")[:, 0]
     x = torch.where(chosen(0.15), coarse, x)
     x = torch.where(chosen(0.25), _curved(x, generator), x)
-    return x + torch.rand(shape, generator=generator) * 0.04 * torch.randn(x.shape, generator=generator)
+    return x + uniform() * 0.04 * torch.randn(x.shape, generator=generator, dtype=dtype)
 
 
 def _curved(x: Tensor, generator: torch.Generator) -> Tensor:
     """A random increasing tone curve for each picture, linear between six knots."""
     n, knots = x.shape[0], 6
-    inner = torch.sort(torch.rand(n, knots - 2, generator=generator), -1).values
-    curve = torch.cat([torch.zeros(n, 1), inner, torch.ones(n, 1)], 1)
+    inner = torch.sort(torch.rand(n, knots - 2, generator=generator, dtype=x.dtype), -1).values
+    curve = torch.cat([inner.new_zeros(n, 1), inner, inner.new_ones(n, 1)], 1)
     place = x.clamp(0, 1) * (knots - 1)
     left = place.floor().clamp(max=knots - 2)
     index = left.long().flatten(1)

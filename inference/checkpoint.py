@@ -299,5 +299,6 @@ def _finite(content: Any) -> Any:
 
 def _flush(path: Path) -> None:
     """Onto the disk, so that a rename never overtakes what it names."""
-    with open(path, "rb") as file:
+    # Windows flushes only what may be written to.
+    with open(path, "r+b") as file:
         os.fsync(file.fileno())

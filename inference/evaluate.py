@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run
+from foveate.inference.noise import made_on_cpu
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -126,6 +127,7 @@ def crop_bounds(
         }
 
 
+@made_on_cpu
 def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor, "scene 4"]:
     """Random initial gazes about the truth: up to a face width off, ×0.5–2 in scale, ±30°.
 

@@ -15,6 +15,7 @@ from foveate.inference.calibration import calibrated_factor
 from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
 from foveate.inference.guide_training import GuideData, random_gazes, train_glance, train_looks
+from foveate.inference.noise import made_on_cpu
 from foveate.inference.prior_training import FEWEST_PICTURES, augmented_coordinates, train_dbn
 from foveate.inference.resume import Checkpoint, digest
 from foveate.model import gaze as gazes
@@ -82,6 +83,7 @@ class LabelledScenes(ScenePictures, Protocol):
     def people(self) -> Sequence[str | None] | None: ...
 
 
+@made_on_cpu
 def fit(
     scenes: LabelledScenes,
     clutter: ScenePictures | None = None,
@@ -496,8 +498,8 @@ def _evidence_weights(
     among the modes found: a conditional logit, with a ridge towards `EVIDENCE`. The constant lies midway between the
     weakest tenth of the right modes and the strongest tenth of the wrong ones.
     """
-    start, width = torch.tensor(EVIDENCE).double(), torch.tensor([0.3, 0.5, 0.3]).double()
     everything = features.nan_to_num(neginf=-30.0).double()
+    start, width = everything.new_tensor(EVIDENCE), everything.new_tensor([0.3, 0.5, 0.3])
     # Scenes whose object is not among the modes say nothing about how to choose among them.
     usable = (right & valid).any(-1)
     x, good, present = everything[usable], (right & valid)[usable], valid[usable]

@@ -248,8 +248,8 @@ def attention_kernel(
         raise InputError(
             f"a model with latent='{model.latent}' has no site 'hidden' to draw: use model.with_latent('full')"
         )
-    dtype = model.dbn.core.mean.dtype
-    pyramid = as_pyramid(pictures, dtype)
+    mean = model.dbn.core.mean
+    pyramid = as_pyramid(pictures, mean)
     # A temperature on the odds is a temperature on the likelihood, which widens its normal density.
     noise = model.noise * model.temperature**0.5
 
@@ -265,7 +265,7 @@ def attention_kernel(
 
     def program(given: Any, *args: Any, **kwargs: Any) -> Any:
         if not any(given is known for known in same):
-            seen = as_pyramid(given, dtype).texels
+            seen = as_pyramid(given, mean).texels
             if not (seen.shape == pyramid.texels.shape and seen.equal(pyramid.texels)):
                 raise InputError("the kernel was made for other pictures than it is run on: make one for each set")
             same.append(given)

@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from foveate.model.identity import FLAT, ROOT
+from foveate.model.kernels import compiled
 
 __all__ = [
     "contract_slopes",
@@ -32,7 +33,7 @@ _FARTHEST = 1e6
 _POINTS = 576
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def _frame(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py):
     """What the points of one patch have in common, in the texels' dtype: the gaze and the two levels that it reads.
@@ -130,7 +131,7 @@ def _point(frame, fraction, texels_0, finer, texels_1, coarser, px, py):
     return value + fraction * rise, along_x if x == at_x else zero, along_y if y == at_y else zero, rise
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def _residual(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, target, precision):
     """½ Σ precision (x(u) − target)² and its slopes along tx, ty, a, b and level, in one sweep over the points."""
@@ -153,7 +154,7 @@ def _residual(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, 
     return 0.5 * float(energy), (float(of_tx), float(of_ty), float(of_a), float(of_b), float(of_level))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def _slopes(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py, out):
     """Intensities of a patch, slopes along scene x, scene y and level: ``out (4 · 576)``, one after the other."""
@@ -168,7 +169,7 @@ def _slopes(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px
         out[3 * _POINTS + n] = rise
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def _contract(weight, px, py, slopes):
     """Sums of weight × slope: along tx, ty, a, b and level."""
@@ -184,7 +185,7 @@ def _contract(weight, px, py, slopes):
     return float(of_tx), float(of_ty), float(of_a), float(of_b), float(of_level)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _gaze(base, scales, z):
     """Chart coordinates to a gaze, ``base ∘ δ(z)``; false where no picture reaches."""
@@ -197,19 +198,19 @@ def _gaze(base, scales, z):
     return near and a * a + b * b > 0.0, a, b, tx, ty
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _log_sigmoid(x):
     return -math.log1p(math.exp(-x)) if x > 0.0 else x - math.log1p(math.exp(x))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _sigmoid(x):
     return 1.0 / (1.0 + math.exp(-x)) if x > 0.0 else math.exp(x) / (1.0 + math.exp(x))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _edge(centre, extent, width):
     """Log density and slope of a centre that is uniform over the picture with logistic edges."""
@@ -218,7 +219,7 @@ def _edge(centre, extent, width):
     return value, (_sigmoid(-low) - _sigmoid(high)) / width
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _prior(size, prior, a, b, tx, ty):
     """Log density of a gaze and its slopes along tx, ty, log s and θ.
@@ -252,7 +253,7 @@ def _prior(size, prior, a, b, tx, ty):
     return value + top + math.log(total) - 2.0 * log_s, of_tx, of_ty, of_log_s, -mean / total / rotation_sd**2
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _finish(n, energy, sums, size, place, a, b, tx, ty, levels, z, gradient):
     """Add prior, belief and chart to the energy of the patch of gaze n, and carry its slopes over to the chart."""
@@ -278,7 +279,7 @@ def _finish(n, energy, sums, size, place, a, b, tx, ty, levels, z, gradient):
     return energy - log_prior - log_det
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def _quadratic(n, pyramid, place, points, targets, precisions, z, gradient):
     near, a, b, tx, ty = _gaze(place[1][n], place[2], z)
@@ -294,7 +295,7 @@ def _quadratic(n, pyramid, place, points, targets, precisions, z, gradient):
     return _finish(n, energy, sums, size, place, a, b, tx, ty, offset.shape[1], z, gradient)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def quadratic_energy(begin, end, pyramid, place, points, target, precision, z, energy, gradient):
     """Energies and gradients of gazes ``begin … end`` under ½ Σ precision (x(u) − target)², prior, belief and chart.
@@ -308,7 +309,7 @@ def quadratic_energy(begin, end, pyramid, place, points, target, precision, z, e
         gradient[n] = slope
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def quadratic_trajectory(
     begin, end, pyramid, place, points, target, precision, z, momentum, gradient, size_of_step, steps, energy
@@ -336,7 +337,7 @@ def quadratic_trajectory(
         energy[n] = number(value)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def patch_slopes(begin, end, pyramid, place, points, z, near, slopes):
     """Patches and slopes of gazes ``begin … end``, ``slopes (n, 4 · 576)``; ``near``: those within reach."""
@@ -350,7 +351,7 @@ def patch_slopes(begin, end, pyramid, place, points, z, near, slopes):
             slopes[n] = 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def contract_slopes(begin, end, pyramid, place, points, z, near, weight, slopes, energy, gradient):
     """From patches' energies and derivatives ``weight (n, 576)`` to the chart's; overwrites ``energy``."""
@@ -372,7 +373,7 @@ def contract_slopes(begin, end, pyramid, place, points, z, near, weight, slopes,
 _SIDE, _BLOCKS, _CELLS, _DIRECTIONS = 24, 12, 11, 8
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST, inline="always")
+@compiled(fastmath=_FAST, inline="always")
 @no_type_check
 def _cells_of(n, x, y, blocks, cells, power):
     """Gradients of a normalised patch, their pooled sizes by direction, and the power of every cell; overwrites."""
@@ -401,7 +402,7 @@ def _cells_of(n, x, y, blocks, cells, power):
             power[r, c] = square
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST, inline="always")
+@compiled(fastmath=_FAST, inline="always")
 @no_type_check
 def _relative_to(power, r, c):
     """One over the root of the mean power of a cell's neighbourhood."""
@@ -413,7 +414,7 @@ def _relative_to(power, r, c):
     return number(1) / math.sqrt(near / number(9) + number(FLAT))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def edge_features(begin, end, patches, features):
     """`foveate.model.identity.edges` of normalised patches ``(n, 576)`` as ``(n, 11, 11, 8)``: cells first."""
@@ -432,7 +433,7 @@ def edge_features(begin, end, patches, features):
                     out[r, c, k] = math.sqrt(cells[r, c, k] * inverse + number(ROOT))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 @no_type_check
 def edge_slopes(begin, end, patches, weight, slope):
     """``Σ w ∂f/∂n``: from derivatives ``(n, 11, 11, 8)`` by `edge_features` to those by the pixels, ``(n, 576)``."""

@@ -49,7 +49,7 @@ from foveate.inference.fit import (
 from foveate.inference.guide import GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.inference.hmc import sample_batch
-from foveate.inference.noise import KeyedNoise, stream_keys
+from foveate.inference.noise import KeyedNoise, made_on_cpu, stream_keys
 from foveate.inference.posterior import picture_hash
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
 from foveate.inference.resume import digest, holds_work
@@ -125,6 +125,7 @@ class Monitor(NamedTuple):
 EachRound = Callable[[Monitor, Run], None]
 
 
+@made_on_cpu
 def learn(
     run: Run,
     scenes: UnlabelledPictures,
@@ -318,7 +319,7 @@ def _attended(
     found = search(run.model, run.guide, pyramid)
     base, sd = found.gaze[:, 0], found.sd[:, 0]
     potential = mode_potential(run.model, run.guide, pyramid, base, sd)
-    streams = keys[:, None] * 1009 + torch.arange(CHAINS)
+    streams = keys[:, None] * 1009 + torch.arange(CHAINS, device=keys.device)
     z = chain_starts(potential, base, sd, KeyedNoise(seed, streams))
     adaptation: dict[str, Tensor] = {}
     if before is not None:

@@ -7,8 +7,10 @@ device. The mixing function is the output function of SplitMix64 (Steele, Lea an
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +19,10 @@ from torch import Tensor
 
 from foveate.model.errors import InputError
 
-__all__ = ["KeyedNoise", "Purpose", "batch_streams", "stream_keys"]
+__all__ = ["KeyedNoise", "Purpose", "batch_streams", "made_on_cpu", "stream_keys"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Purpose(IntEnum):
@@ -119,3 +124,20 @@ def _fold(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def made_on_cpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A decorator: tensors that the function makes are on the CPU, as its generators are, unless it names a device.
+
+    Otherwise they would be where `torch.set_default_device` says, and no generator of the CPU can fill them there.
+    """
+
+    @wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        # The context costs time at every operation.
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped

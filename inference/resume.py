@@ -81,7 +81,8 @@ class Checkpoint:
         if path is None or not path.is_file():
             return [], {}
         try:
-            state = load_file(path)
+            # Copies: a file that is still mapped into memory cannot be replaced on Windows.
+            state = {name: value.clone() for name, value in load_file(path).items()}
             module.load_state_dict(_under("module.", state))
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in _under("optimiser.", state).items():

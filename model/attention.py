@@ -49,12 +49,12 @@ PRIORS: dict[str, tuple[type[gazes.GazePrior] | type[gazes.FlatGazePrior], tuple
 }
 
 
-def as_pyramid(pictures: Any, dtype: torch.dtype = torch.float32) -> Pyramid:
+def as_pyramid(pictures: Any, like: Tensor | None = None) -> Pyramid:
     """Packed pyramids of whatever names pictures: a `Pyramid` as it is, a list of arrays or tensors, a `Scenes`.
 
     Args:
         pictures: see `as_picture` for those of a list.
-        dtype: of the texels, where they are built here.
+        like: texels that are built here have its device and floating type; by default float32 on the CPU.
 
     Raises:
         InputError: one picture where a list is needed, or see `as_picture`.
@@ -65,7 +65,8 @@ def as_pyramid(pictures: Any, dtype: torch.dtype = torch.float32) -> Pyramid:
         raise InputError("one picture was given where a list of pictures is needed: write [picture]")
     if hasattr(pictures, "pictures"):
         pictures = pictures.pictures()
-    return Pyramid.build([as_picture(picture, i, dtype) for i, picture in enumerate(pictures)])
+    like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
+    return Pyramid.build([as_picture(picture, i, like.dtype).to(like.device) for i, picture in enumerate(pictures)])
 
 
 def as_picture(picture: Any, index: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "height width"]:
@@ -325,7 +326,7 @@ class AttentionModel(PyroModule):
             InputError: pictures that are none (`as_picture`), or `hidden` of another shape, with other values, or given
                 to a model that draws it or has none.
         """
-        pyramid = as_pyramid(pictures, self.dbn.core.mean.dtype)
+        pyramid = as_pyramid(pictures, self.dbn.core.mean)
         if hidden is not None:
             hidden = self._states(hidden, len(pyramid))
         size = pyramid.size.to(pyramid.dtype)
@@ -346,7 +347,8 @@ class AttentionModel(PyroModule):
                 seen = pyro.distributions.Normal(canonical, noise).to_event(1)
                 clutter = self.marginal_densities()[1]
                 law = SceneLikelihood(seen, clutter, temperature, seen.batch_shape)
-            pyro.sample("patch", law, obs=density_coordinates(_patches(pyramid, gaze)))
+            seen_there = density_coordinates(_patches(pyramid, gaze)).to(self.dbn.core.mean)
+            pyro.sample("patch", law, obs=seen_there)
         return gaze
 
     def _states(self, given: Any, scenes: int) -> Tensor:

@@ -91,7 +91,7 @@ class EdgeOdds(nn.Module):
                 f"at least {FEWEST} of each are needed to tell their edges apart"
             )
         (mean, covariance), (other_mean, other) = _moments(of_object), _moments(of_clutter)
-        floor = FLOOR * other.diagonal().mean() * torch.eye(len(other), dtype=other.dtype)
+        floor = FLOOR * other.diagonal().mean() * torch.eye(len(other), dtype=other.dtype, device=other.device)
         apart = torch.linalg.solve(0.5 * (covariance + other) + floor, mean - other_mean)
         apart = apart / torch.sqrt(apart @ (mean - other_mean))
         basis = torch.cat([apart[:, None], _least_varying(covariance + floor, other + floor)], 1)

@@ -1,14 +1,38 @@
 """Compiled loops (numba) over packed pyramids: fast twins of plain PyTorch code for the CPU."""
 
 import math
-from typing import no_type_check
+import warnings
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import numba
 
-__all__ = ["extract_patches"]
+__all__ = ["compiled", "extract_patches"]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract", "arcp", "nsz"})
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: `numba.njit` without the interpreter's lock, kept on disk for other processes where that can be.
+
+    Args:
+        options: of `numba.njit`.
+    """
+
+    def decorated(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:
+            # Neither the folder of the module nor the user's own can be written to, as in some containers.
+            warnings.warn(
+                "no folder can be written to that would keep compiled loops: every process compiles its own, which "
+                "takes about a minute; set NUMBA_CACHE_DIR to one that can",
+                stacklevel=2,
+            )
+            return numba.njit(nogil=True, **options)(function)
+
+    return decorated
+
+
+@compiled(fastmath={"contract", "arcp", "nsz"})
 @no_type_check
 def extract_patches(
     begin, end, texels, offset, rows, columns, stride, size, gaze, scene, points_y, points_x, step, out

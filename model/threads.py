@@ -90,5 +90,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="foveate-gaze")
 
 
-# Threads do not survive a fork; a forked worker makes its own.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+# Threads do not survive a fork, which Windows does not have; a forked worker makes its own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -254,11 +254,12 @@ def toy_model() -> AttentionModel:
     return AttentionModel(dbn, ClutterModel(clutter))
 
 
+@pytest.mark.parametrize("pictures", ["packed there", "a list here"])
 @pytest.mark.parametrize("latent", ["full", "given_hidden", "collapsed"])
-def test_the_program_runs_where_model_and_pictures_are(latent: Any) -> None:
+def test_the_program_runs_where_the_model_is(latent: Any, pictures: str) -> None:
     model = toy_model().with_latent(latent).to(ELSEWHERE)
-    pyramid = Pyramid.build(away([torch.rand(40, 50), torch.rand(30, 60)]))
-    trace = poutine.trace(model).get_trace(pyramid)
+    here = [torch.rand(40, 50), torch.rand(30, 60)]
+    trace = poutine.trace(model).get_trace(here if pictures == "a list here" else Pyramid.build(away(here)))
     trace.compute_log_prob()
     names = [name for name in trace.stochastic_nodes + trace.observation_nodes if name != "scene"]
     assert "gaze" in names and "patch" in names

@@ -1,6 +1,7 @@
 """The command line: bad input in one line with status 2 and nothing overwritten, and all commands after one another."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -479,3 +480,12 @@ def test_threads_sleep_early_unless_the_user_says_otherwise(asked: dict[str, str
         check=True,
     )
     assert f"GOMP_SPINCOUNT = '{told}'" in done.stderr
+
+
+def test_what_a_terminal_has_no_letter_for_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["sample", "no_such_run", "--out", "drawn.png"]) == 2
+    print("1 \u2212 2")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"1 ? 2" + os.linesep.encode()  # pyright: ignore[reportAttributeAccessIssue]

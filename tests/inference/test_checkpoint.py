@@ -367,3 +367,15 @@ def test_settings_given_as_tensors_are_saved_as_numbers(saved: Path, tmp_path: P
     run.model.noise, run.model.temperature = cast(Any, torch.tensor(0.5)), cast(Any, np.float32(2.0))
     save(run, tmp_path / "again")
     assert (load(tmp_path / "again").model.noise, load(tmp_path / "again").model.temperature) == (0.5, 2.0)
+
+
+def test_nothing_is_flushed_that_may_only_be_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = pytest.importorskip("fcntl", reason="tells what Windows would refuse, on other systems")
+
+    def windows(descriptor: int) -> None:
+        if flags.fcntl(descriptor, flags.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "fsync", windows)
+    save(load(saved), tmp_path / "run")
+    write_json(tmp_path / "results.json", {"one": 1})

@@ -179,3 +179,11 @@ def test_scenes_without_true_gazes_are_refused(run: Run, scenes: Scenes) -> None
     partly[1] = math.nan
     with pytest.raises(InputError, match="scoring needs a true gaze"):
         evaluate(run, Scenes.from_pictures(scenes.pictures(), gazes=partly))
+
+
+def test_starts_are_drawn_the_same_whatever_the_default_device() -> None:
+    truth = gazes.from_parts(torch.tensor([[30.0, 20.0]]), torch.tensor([1.5]), torch.zeros(1))
+    wanted = jittered_starts(truth, seed=3)
+    # Another device than the generator's; PyTorch's "meta" would hold no numbers.
+    with torch.device("meta"):
+        assert torch.equal(jittered_starts(truth, seed=3), wanted)

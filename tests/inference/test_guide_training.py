@@ -219,3 +219,16 @@ def test_looks_leave_the_glance_as_they_found_it() -> None:
     train_looks(guide, problem(4), steps=2, batch=6)
     for name, tensor in guide.glance.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, msg=name)
+
+
+def test_training_keeps_its_precision_whatever_the_default() -> None:
+    data = problem(5)
+    guide = GazeGuide(4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert math.isfinite(train_glance(guide, data, steps=2, batch=6))
+        assert math.isfinite(train_looks(guide, data, steps=2, batch=9))
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in guide.parameters()} == {torch.float32}

@@ -142,3 +142,19 @@ def test_a_digest_tells_tensors_apart() -> None:
     a: Tensor = torch.arange(6.0)
     assert digest(a) == digest(a.clone())
     assert len({digest(a), digest(a.flip(0)), digest(a, a), digest(a + 1e-6)}) == 4
+
+
+def test_a_state_that_was_read_is_a_file_like_any_other(tmp_path: Path) -> None:
+    """A file that is mapped into memory cannot be replaced on Windows, as the next state is to replace it."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells which files are mapped")
+    folder, guide = tmp_path / "training", _begun()
+    train_looks(guide, _data(), steps=STEPS, batch=12, checkpoint=Checkpoint(folder, {}, EVERY))
+    (file,) = folder.glob("look*")
+    optimiser = torch.optim.AdamW(torch.nn.ModuleList([guide.canonical, guide.votes]).parameters())
+    losses, further = Checkpoint(folder, {}, EVERY).begin(
+        "look", torch.nn.ModuleList([guide.canonical, guide.votes]), optimiser, torch.Generator()
+    )
+    assert len(losses) == STEPS and further and optimiser.state
+    assert str(file) not in maps.read_text()

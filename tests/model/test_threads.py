@@ -1,11 +1,14 @@
 """Work beside each other on PyTorch's threads: order, errors, and what the threads know."""
 
+import os
+import runpy
 import threading
 import time
 
 import pytest
 import torch
 
+from foveate.model import threads as threads_module
 from foveate.model.threads import in_parallel, share
 
 
@@ -100,3 +103,9 @@ def test_on_a_gpu_one_piece_follows_the_other():
     torch.set_num_threads(2)
     where = set(in_parallel(lambda i: threading.get_ident(), range(4), torch.device("cuda")))
     assert where == {threading.get_ident()}
+
+
+def test_a_system_without_forks_has_them_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "register_at_fork")  # as on Windows
+    module = runpy.run_path(str(threads_module.__file__))
+    assert list(module["in_parallel"](lambda i: 2 * i, range(3))) == [0, 2, 4]
