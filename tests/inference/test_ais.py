@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from foveate.inference.ais import ais_log_z, exact_log_z, log_z, reverse_ais_log_z
+from foveate.inference.ais import _summary, ais_log_z, exact_log_z, log_z, reverse_ais_log_z
 from foveate.model.errors import InputError
 from foveate.model.rbm import BernoulliRBM, GaussianRBM
 
@@ -133,3 +133,11 @@ def test_a_base_machine_with_other_units_and_no_temperatures_are_refused(base: t
         forward(rbm, temperatures=0)
     with pytest.raises(InputError, match="0 temperatures"):
         reverse(rbm, samples, exact=True, temperatures=0)
+
+
+def test_weights_are_summed_up_by_their_definitions() -> None:
+    found = _summary(torch.tensor([1.0, 1.0, 2.0]).double().log() + 700.0, 10, "forward")
+    # Mean 4/3; sd of (1, 1, 2) is 1/√3, over mean and √3 chains: 1/4; (Σ w)² / Σ w² = 16/6.
+    assert found.estimate == pytest.approx(700.0 + math.log(4 / 3))
+    assert found.standard_error == pytest.approx(0.25)
+    assert found.effective_sample_size == pytest.approx(16 / 6)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from foveate.data import Scenes
-from foveate.inference.attend import attend, attend_batches, integrated_odds, mode_points, search
+from foveate.inference.attend import Candidates, attend, attend_batches, integrated_odds, mode_points, search
 from foveate.inference.glance import Proposals
-from foveate.inference.guide import GazeGuide
+from foveate.inference.guide import GazeChange, GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -723,3 +723,77 @@ def test_a_double_diagonal_net_can_be_attended_with(world: World) -> None:
     found = attend(double, world.guide, world.scenes, **options)
     assert found.canonical.dtype == torch.float32
     assert bool(torch.isfinite(found.canonical).all())
+
+
+def test_presence_counts_every_mode_and_canonical_images_are_spread_over_the_draws(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(model: Any, guide: Any, pyramid: Pyramid, **options: Any) -> Candidates:
+        at = torch.stack([world.start[:1], world.start[:1] + 50.0], 1)
+        weight = torch.tensor([[0.3, -0.4]]).double()
+        return Candidates(at, torch.ones(1, 2, 4).double(), torch.zeros(1, 2, 3).double(), weight, at[:, :, None])
+
+    seen: list[Tensor] = []
+    proper = attending.canonical_draws
+
+    def watched(model: Any, pyramid: Any, gaze: Tensor, *rest: Any) -> Any:
+        seen.append(gaze)
+        return proper(model, pyramid, gaze, *rest)
+
+    monkeypatch.setattr(attending, "search", two)
+    monkeypatch.setattr(attending, "canonical_draws", watched)
+    found = attend(world.model, world.guide, world.scenes[:1], **SHORT | {"draws": 20})
+    a, b = math.exp(0.3), math.exp(-0.4)
+    assert float(found.presence) == pytest.approx((a + b) / (1 + a + b))
+    assert found.weights[0].tolist() == pytest.approx([a / (a + b), b / (a + b)])
+    # Ten of twenty draws, each the last of its stretch.
+    assert torch.equal(seen[0], found.gaze[:, :, 1::2])
+
+
+def test_the_constant_of_the_evidence_raises_every_mode(world: World) -> None:
+    guide = copy.deepcopy(world.guide)
+    pyramid = Pyramid.build(world.scenes.pictures([0]))
+    before = search(world.model, guide, pyramid, start=world.start[:1], steps=0).log_weight
+    guide.evidence[3] += 5.0
+    after = search(world.model, guide, pyramid, start=world.start[:1], steps=0).log_weight
+    torch.testing.assert_close(after, before + 5.0)
+
+
+def test_that_it_is_an_object_at_all_does_not_outweigh_whose_it_is(
+    acquainted: AttentionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odds(model: Any, pyramid: Any, gaze: Tensor, sd: Tensor, canonical: Tensor | None = None) -> Tensor:
+        # Of the person against of anybody: log-ratios of 0 and 3.
+        return torch.tensor([[1.0, 4.0]]).double() if canonical is not None else torch.ones(1, 2).double()
+
+    gaze = torch.zeros(1, 2, 4).double()
+    found = Candidates(gaze, gaze, gaze[..., :3], torch.tensor([[50.0, 2.0]]).double(), gaze[:, :, None])
+    monkeypatch.setattr(attending, "integrated_odds", odds)
+    best = attending._of_person(acquainted, Pyramid.build([torch.rand(30, 30)]), found, torch.rand(1, 24, 24), 2)
+    # Log-odds of 50 and 2 count as probabilities: log σ(2) + 3 beats log σ(50) + 0.
+    assert best.log_weight[0].tolist() == pytest.approx([3 - math.log1p(math.exp(-2.0)), 0.0], abs=1e-12)
+
+
+def test_widths_of_a_mode_are_in_the_charts_units(world: World) -> None:
+    class Sure(GazeGuide):
+        def look(self, pyramid: Any, gaze: Tensor, canonical: Any, scene: Any) -> GazeChange:
+            log_sd = torch.tensor([0.02, 0.05, 0.2, 0.1]).log().expand(len(gaze), 4)
+            return GazeChange(torch.zeros(len(gaze), 4), log_sd, *torch.zeros(2, len(gaze)))
+
+    pyramid = Pyramid.build(world.scenes.pictures([0]))
+    found = search(world.model, Sure(4).eval(), pyramid, start=world.start[:1], steps=0)
+    # The guide counts in half patches, 12 canonical pixels; the chart's log-scale and radians are in eighths.
+    torch.testing.assert_close(found.sd[0, 0], torch.tensor([0.24, 0.6, 1.6, 0.8]).double(), rtol=1e-6, atol=0)
+
+
+def test_the_most_promising_proposals_are_followed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    logit = torch.tensor([3.0, -1, 9, 2, 8, 0, 7, 1, 6, -2, 5, 4])
+    monkeypatch.setattr(GazeGuide, "recognise", lambda *given, **options: logit)
+    gaze = world.start[:1, None].repeat(1, 12, 1).float()
+    gaze[0, :, 2] += torch.arange(12.0)
+    proposed = torch.zeros(1, 12)
+    proposed[0, 4] = -math.inf  # was not found at all
+    pyramid = Pyramid.build(world.scenes.pictures([0]))
+    kept, _ = attending._promising(world.model, world.guide, pyramid, Proposals(gaze, proposed))
+    assert kept.logit[0].tolist() == [9, 7, 6, 5, 4, 3]
+    assert torch.equal(kept.gaze[0, :, 2], gaze.double()[0, [2, 6, 8, 10, 11, 0], 2])

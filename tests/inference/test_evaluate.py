@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.data import Scenes
 from foveate.inference.attend import attend
 from foveate.inference.checkpoint import Run
-from foveate.inference.evaluate import evaluate, jittered_starts
+from foveate.inference.evaluate import crop_bounds, evaluate, jittered_starts
 from foveate.inference.guide import GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
@@ -187,3 +187,20 @@ def test_starts_are_drawn_the_same_whatever_the_default_device() -> None:
     # Another device than the generator's; PyTorch's "meta" would hold no numbers.
     with torch.device("meta"):
         assert torch.equal(jittered_starts(truth, seed=3), wanted)
+
+
+def test_bounds_are_quoted_with_the_refined_posterior() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer, top = DiagonalLayer(6), BernoulliRBM(6, 3)
+    with torch.no_grad():
+        layer.weight.copy_(0.15 * torch.randn(575, 6, generator=generator))
+        top.weight.copy_(torch.randn(6, 3, generator=generator))
+    net = DeepBeliefNet(layer, top, EllipticalDensity.blank(575))
+    net.set_log_z(0.0, 0.0)
+    model = AttentionModel(net, ClutterModel(EllipticalDensity.blank(575)))
+    truth = torch.tensor([[1.0, 0.0, 20.0, 20.0]] * 4).double()
+    y, figures = crop_bounds(model, Scenes.from_pictures(list(torch.rand(4, 40, 40)), gazes=truth), truth)
+    with torch.no_grad():
+        quick, refined = net.log_prob_bound(y).mean(), net.log_prob_bound(y, net.refine_hidden(y)).mean()
+    assert float(refined) > float(quick) + 0.1
+    assert figures["bound_nats"] == pytest.approx(float(refined), rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.data import Scenes, orl_scenes
-from foveate.inference.attend import attend
+from foveate.inference.attend import Candidates, attend
 from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.fit import crops_of, fit
 from foveate.inference.guide import GazeChange, GazeGuide, change_chart
@@ -404,3 +404,114 @@ def test_the_sharpest_variant_does_not_win_by_a_peak_that_lies_between_points(mo
     exact = -2.0 - 4 * math.log(s * math.sqrt(2 * math.pi * 16))
     # 0.002 as seen; the gaze's prior is nearly flat on this scale.
     assert figures["validation_log_density_without_guide_prior"] == pytest.approx(exact, abs=0.02)
+
+
+def test_nothing_is_trained_on_scenes_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    taught: list[GuideData] = []
+
+    def net(crops: Tensor, **options: Any) -> DeepBeliefNet:
+        given.update(crops=crops, validation=options["validation"])
+        return quick_net(crops)
+
+    def calibrated(name: str, result: Any) -> Any:
+        return lambda model, guide, scenes, rows, truth: given.update({name: rows}) or result
+
+    monkeypatch.setattr(fitting, "train_dbn", net)
+    for half in ("train_glance", "train_looks"):
+        monkeypatch.setattr(fitting, half, lambda guide, data, **options: taught.append(data) or 0.0)
+    monkeypatch.setattr(fitting, "calibrate", calibrated("calibrated", {"validation_accuracy": 0.0}))
+    monkeypatch.setattr(fitting, "calibrated_factor", calibrated("covered", 1.0))
+    monkeypatch.setattr(fitting, "fit_clutter", lambda *given: None)
+    scenes = soft_scenes(20)
+    assert scenes.gazes is not None
+    fit(scenes, **STEPS)
+    held = given["calibrated"]
+    assert 0 < len(held) < 10 and torch.equal(held, given["covered"])
+    rest = torch.tensor([i for i in range(20) if i not in held.tolist()])
+    exact = torch.stack([extract(p, g).float() for p, g in zip(scenes.pictures(), scenes.gazes, strict=True)])
+    torch.testing.assert_close(given["crops"][:, 0], exact[rest])
+    torch.testing.assert_close(given["validation"], exact[held])
+    assert len(taught) == 2
+    for data in taught:
+        assert torch.equal(data.gaze, scenes.gazes[rest]) and torch.equal(data.pyramid.size, scenes.sizes[rest])
+        torch.testing.assert_close(data.canonical, exact[rest])
+
+
+def test_what_is_calibrated_is_the_mode_nearest_to_the_truth() -> None:
+    gaze = torch.tensor([[[1.0, 0.0, at, 40.0] for at in (90.0, 42.0, 46.0)]]).double()
+    sd = torch.arange(12.0).reshape(1, 3, 4).double()
+    found = Candidates(gaze, sd, gaze[..., :3], gaze[..., 0], gaze)
+    near, its_sd = fitting._nearest(found, torch.tensor([[1.0, 0.0, 40.0, 40.0]]).double())
+    assert torch.equal(near, gaze[:, 1]) and torch.equal(its_sd, sd[:, 1])
+
+
+def test_validation_accuracy_is_that_of_the_heaviest_mode() -> None:
+    count = 20
+    truth = torch.tensor([[1.0, 0.0, 40.0, 40.0]]).double().expand(count, 4)
+    gaze = torch.stack([truth, truth + torch.tensor([0.0, 0.0, 100.0, 0.0]), truth], 1)
+    # Recognition is right in every scene, the odds alone in a quarter of them; the third mode is none.
+    features = torch.zeros(count, 3, 3).double()
+    features[:, 0, 1], features[:, 1, 1], features[:, 2, :2] = 4.0, -4.0, -math.inf
+    features[:, 0, 0] = torch.where(torch.arange(count) < 5, 1.0, -1.0)
+    weight = torch.tensor([0.0, 0.0, -math.inf]).double().expand(count, 3)
+    figures = fitting.weigh_evidence(GazeGuide(4), [Candidates(gaze, gaze, features, weight, gaze)], [truth])
+    assert (figures["validation_accuracy"], figures["validation_accuracy_odds_alone"]) == (1.0, 0.25)
+
+
+def test_crops_are_jittered_by_as_much_as_labellers_differ() -> None:
+    ramp = torch.arange(100.0).expand(100, 100) / 100
+    middle = torch.tensor([[1.0, 0.0, 50.0, 50.0]]).double().repeat(60, 1)
+    scenes = Scenes.from_pictures([ramp] * 60, gazes=middle)
+    crops = crops_of(scenes, middle, torch.Generator().manual_seed(0))
+    # The mean of a crop of a ramp says where it is, its slope how large. 300 draws know an sd to 4 %: four of them.
+    offset = 100 * (crops[:, 1:].mean((-2, -1)) - crops[:, :1].mean((-2, -1)))
+    assert float(offset.std()) == pytest.approx(0.4, rel=0.17)
+    slope = (crops[:, 1:, :, -1] - crops[:, 1:, :, 0]).mean(-1) * 100 / 23
+    assert float(slope.std()) == pytest.approx(0.02, rel=0.17)
+
+
+@pytest.mark.parametrize("turn", [0.2, 3.0])
+def test_the_priors_rotations_are_wider_than_those_seen_and_within_half_a_turn(turn: float) -> None:
+    pyramid = Pyramid.build([torch.zeros(100, 200)])[torch.zeros(2, dtype=torch.int64)]
+    truth = gazes.from_parts(torch.rand(2, 2).double(), torch.ones(2).double(), torch.tensor([-turn, turn]).double())
+    # The sd of two values ±t is t √2.
+    expected = min(1.5 * turn * math.sqrt(2), math.pi)
+    assert fitting.gaze_prior_options(pyramid, truth)["rotation_sd"] == pytest.approx(expected)
+
+
+def test_what_is_chosen_by_the_guides_widths_is_chosen_after_they_are_calibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scenes, guide = soft_scenes(4), GazeGuide(4)
+    truth = scenes.gazes
+    assert truth is not None
+    seen: list[Any] = []
+
+    def as_wide_as_the_guide(model: Any, guide: GazeGuide, pyramid: Pyramid, modes: int) -> Candidates:
+        gaze = truth[: len(pyramid), None]
+        width = guide.log_sd_offset.exp().double().expand(len(pyramid), 1, 4)
+        return Candidates(gaze, width, gaze[..., :3], gaze[..., 0], gaze)
+
+    monkeypatch.setattr(fitting, "search", as_wide_as_the_guide)
+    monkeypatch.setattr(fitting, "_calibrate_sds", lambda model, guide, *rest: guide.log_sd_offset.add_(1.0))
+    monkeypatch.setattr(fitting, "_choose_variant", lambda model, guide, pyramids, near, *rest: seen.append(near) or {})
+    monkeypatch.setattr(fitting, "weigh_evidence", lambda guide, found, truth: {})
+    fitting.calibrate(quick_model(), guide, scenes, torch.arange(4), truth)
+    torch.testing.assert_close(seen[0][0][1], torch.full((4, 4), math.e).double())
+
+
+def test_a_feature_that_misleads_weighs_nothing_and_the_constant_lies_between_right_and_wrong() -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = (torch.arange(4) == 0).expand(400, 4)
+    features = torch.randn(400, 4, 3, generator=generator).double()
+    # The odds tell the right mode, recognition says the contrary, presence says nothing.
+    # Wrong modes scatter three times as much as right ones.
+    features[..., 0] = torch.where(right, 8 + features[..., 0], 3 * features[..., 0] - 12)
+    features[..., 1] += torch.where(right, -6.0, 6.0)
+    weights = fitting._evidence_weights(features, right, torch.ones(400, 4, dtype=torch.bool))
+    assert float(weights[1]) == 0.0 and float(weights[0]) > 0.0
+    score = features @ weights[:3].double()
+    weakest, strongest = score[right].quantile(0.1), score[~right].quantile(0.9)
+    assert float(weakest) > float(strongest)
+    assert -float(weights[3]) == pytest.approx(float(weakest + strongest) / 2, rel=0.02)

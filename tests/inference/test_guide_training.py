@@ -2,13 +2,14 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from foveate.inference import guide_training as training
-from foveate.inference.guide import WINDOW, GazeGuide
+from foveate.inference.guide import WINDOW, GazeChange, GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -232,3 +233,70 @@ def test_training_keeps_its_precision_whatever_the_default() -> None:
     finally:
         torch.set_default_dtype(before)
     assert {p.dtype for p in guide.parameters()} == {torch.float32}
+
+
+def test_presence_is_taught_where_the_object_is() -> None:
+    """The last two of six windows show nothing."""
+
+    def loss(logit: Tensor) -> float:
+        change = GazeChange(torch.zeros(6, 4), torch.zeros(6, 4), logit, logit)
+        return float(training._look_loss(change, torch.zeros(4, 4), 4, 0.1))
+
+    right = torch.tensor([9.0] * 4 + [-9.0] * 2)
+    assert loss(right) < 0.01 < loss(-right)
+
+
+def test_sds_are_taught_as_those_of_a_normal_law() -> None:
+    """Where every residual is one sd the negative log-likelihood has no slope in it."""
+    log_sd = torch.full((8, 4), 0.3, requires_grad=True)
+    target = torch.full((8, 4), 0.5)
+    change = GazeChange(target - math.exp(0.3), log_sd, torch.zeros(8), torch.zeros(8))
+    training._look_loss(change, target, 8, 0.1).backward()
+    assert log_sd.grad is not None
+    torch.testing.assert_close(log_sd.grad, torch.zeros(8, 4), rtol=0, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("clutter", [True, False])
+def test_a_quarter_of_the_views_is_clutter_and_taught_as_such(monkeypatch: pytest.MonkeyPatch, clutter: bool) -> None:
+    seen: list[Tensor] = []
+    proper = training.glance_loss
+
+    def watched(output: Tensor, target: Tensor, present: Tensor) -> Tensor:
+        seen.append(present.clone())
+        return proper(output, target, present)
+
+    monkeypatch.setattr(training, "glance_loss", watched)
+    train_glance(GazeGuide(4), problem(4, clutter=clutter), steps=1, batch=8)
+    assert seen[0].tolist() == ([0.0] * 2 + [1.0] * 6 if clutter else [1.0] * 8)
+
+
+def test_windows_without_the_object_are_clutter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def marked(clutter: Pyramid, n: int, size: int, extent: float, rng: torch.Generator) -> Tensor:
+        return torch.full((n, size, size), 7.0)
+
+    def unchanged(window: Tensor, *rest: Any) -> Tensor:
+        return window
+
+    seen: list[Tensor] = []
+    proper = GazeGuide.forward
+
+    def watched(self: GazeGuide, window: Tensor, canonical: Tensor) -> GazeChange:
+        seen.append(window)
+        return proper(self, window, canonical)
+
+    monkeypatch.setattr(training, "_clutter_windows", marked)
+    for change in ("on_other_background", "_unseen", "relit"):
+        monkeypatch.setattr(training, change, unchanged)
+    monkeypatch.setattr(GazeGuide, "forward", watched)
+    train_looks(GazeGuide(4), problem(4), steps=1, batch=12)
+    batch = next(window for window in seen if len(window) > 12)
+    # Twelve windows of the scenes, a sixth as many of clutter, then those where the glance looks in vain.
+    assert (batch == 7.0).all(-1).all(-1).tolist() == [False] * 12 + [True] * 2 + [False] * (len(batch) - 14)
+
+
+@pytest.mark.parametrize(("scenes", "share"), [(150, 1.0), (600, 0.25)])
+def test_the_fewer_scenes_there_are_the_more_of_their_windows_are_changed(scenes: int, share: float) -> None:
+    pyramid = Pyramid.build([torch.zeros(2, 2)])[torch.zeros(scenes, dtype=torch.int64)]
+    data = GuideData(pyramid, torch.ones(scenes, 4), torch.zeros(scenes, 24, 24))
+    found = data.instead(torch.zeros(4000, 1, 1), torch.ones(4000, 1, 1), generator())
+    assert float(found.mean()) == pytest.approx(share, abs=0.028)  # four standard errors of a share of 4000

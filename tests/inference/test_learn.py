@@ -28,7 +28,7 @@ from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
 from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid, density_coordinates
+from foveate.model.patch import Pyramid, density_coordinates, extract
 from foveate.model.rbm import BernoulliRBM
 
 # The package's function `learn` hides the module of the same name.
@@ -542,6 +542,150 @@ def test_resumed_learning_ends_the_same_with_nothing_in_place_of_anything(tmp_pa
     resumed = learn(run, scenes, **options, checkpoint=tmp_path / "ck", resume=True)
     wanted, found = state(whole), state(resumed)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+# ---- what the stages hand to one another
+
+
+def a_plan(scenes: UnlabelledScenes) -> Any:
+    return learning._Plan(scenes, None, 0, QUICK, lambda *report: None)
+
+
+def found_in(folder: Path, scenes: list[int]) -> tuple[Any, Tensor]:
+    """An E-step over `scenes`, whose rows are not their numbers, with a gaze of its own in each."""
+    gaze = torch.tensor([0.6, 0.0, 20.0, 20.0]).double().repeat(len(scenes), 1)
+    gaze[:, 2] += 0.1 * torch.arange(len(scenes))
+    return _written(folder, gaze, torch.ones(len(scenes)).double())._replace(scenes=scenes), gaze
+
+
+def test_the_guide_learns_from_the_chosen_scenes_and_what_was_found_in_them(tmp_path: Path) -> None:
+    scenes, chosen = soft_scenes(40), torch.tensor([3, 7, 20])
+    found, gaze = found_in(tmp_path / "found", list(range(39, 9, -1)))
+    data = learning._guide_data(a_plan(scenes), found, chosen, 1)
+    wanted = coarse_pyramid(scenes, [36, 32, 19]).in_bytes()
+    at = gaze[chosen][:, None]
+    assert torch.equal(data.pyramid.extract(at), wanted.extract(at))
+    assert torch.equal(data.gaze, gaze[chosen])
+    assert torch.equal(data.canonical, found.read("crops", chosen)[:, 0])
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_prior_learns_from_the_chosen_scenes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+    monkeypatch.setattr(learning, "train_dbn", lambda crops, **options: given.append(crops) or quick_net(crops))
+    scenes, chosen = soft_scenes(40), torch.arange(1, 30, 2)
+    found, _ = found_in(tmp_path / "found", list(range(39, 9, -1)))
+    held, _ = found_in(tmp_path / "held", list(range(10)))
+    save(small_run(), tmp_path / "start")
+    learning._maximisation(small_run(), a_plan(scenes), tmp_path / "round_1", 1, found, held, chosen)
+    assert len(given) == 1 and torch.equal(given[0], found.read("crops", chosen))
+
+
+def test_evidence_is_weighed_on_the_scenes_that_were_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = soft_scenes(40)
+    held, gaze = found_in(tmp_path / "held", list(range(39, 19, -1)))
+    seen: list[Tensor] = []
+    truths: list[Tensor] = []
+
+    def searched(model: AttentionModel, guide: GazeGuide, pyramid: list[Tensor], modes: int) -> Candidates:
+        nothing = torch.zeros(len(pyramid), 1, 4).double()
+        return Candidates(nothing, nothing, nothing[..., :3], nothing[..., 0], nothing)
+
+    monkeypatch.setattr(learning, "scene_pyramid", lambda model, pictures: seen.extend(pictures) or pictures)
+    monkeypatch.setattr(learning, "search", searched)
+    weighed = {"evidence": []}
+    monkeypatch.setattr(learning, "weigh_evidence", lambda guide, found, truth: truths.extend(truth) or weighed)
+    learning._weighed(small_run(), a_plan(scenes), held, 1)
+    wanted = scenes.pictures(held.scenes)
+    assert len(seen) == 20 and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+    assert torch.equal(torch.cat(truths), gaze)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_part_holds_the_mean_gaze_its_crop_and_how_surely_that_is_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_modes(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, modes: int = 4) -> Candidates:
+        one = quick_search(model, guide, pyramid)
+        weight = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(len(pyramid), 2)
+        return Candidates(*(part.repeat(1, 2, 1) for part in one[:3]), weight, one.paths.repeat(1, 2, 1))
+
+    monkeypatch.setattr(learning, "search", two_modes)
+    scenes = soft_scenes(3)
+    found = learning._attended(small_run(), scenes.pictures(), stream_keys(scenes.names), None, 0)
+    # Odds e^0.3 and e^-0.4 against "no object here": the first mode's share of all three.
+    share = math.exp(0.3) / (1 + math.exp(0.3) + math.exp(-0.4))
+    torch.testing.assert_close(found["presence"], torch.full((3,), share, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found["gaze"], found["draws"].mean((1, 2)), rtol=0, atol=1e-12)
+    for i, picture in enumerate(scenes.pictures()):
+        assert torch.equal(found["crops"][i, 0], extract(picture, found["gaze"][i]).float())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_round_goes_on_from_the_round_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended, expectation = learning._attended, learning._expectation
+    keys: dict[str, list[Tensor]] = {}
+    carried: dict[str, set[bool]] = {}
+    compared: list[tuple[str, str | None]] = []
+    stage = [""]
+
+    def certainty(found: Any, before: Any) -> Tensor:
+        compared.append((found.stage, before and before.stage))
+        return found.read("presence")
+
+    def named(run: Run, plan: Any, parts: Any, before: Any, number: int) -> Any:
+        stage[0] = parts.stage
+        return expectation(run, plan, parts, before, number)
+
+    def watched(run: Run, pictures: list[Tensor], of: Tensor, before: Any, seed: int) -> dict[str, Tensor]:
+        keys.setdefault(stage[0], []).append(of)
+        carried.setdefault(stage[0], set()).add(before is not None)
+        return attended(run, pictures, of, before, seed)
+
+    monkeypatch.setattr(learning, "_certainty", certainty)
+    monkeypatch.setattr(learning, "_expectation", named)
+    monkeypatch.setattr(learning, "_attended", watched)
+    torch.set_num_threads(1)
+    scenes = soft_scenes(44)
+    learn(small_run(), scenes, **QUICK)
+    train, _ = a_plan(scenes).split()
+    looks = ("looking, round 1", "looking, round 2")
+    for look in looks:
+        # Every scene has random numbers of its own, in whichever part it is.
+        assert torch.equal(torch.cat(keys[look]), stream_keys(scenes.names)[train])
+    assert [carried[look] for look in looks] == [{False}, {True}]
+    assert carried["watching, round 1"] == carried["watching, round 2"] == {True}
+    assert (looks[0], None) in compared and (looks[1], looks[0]) in compared
+
+
+def test_the_monitor_weighs_by_presence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gaze = torch.tensor([[1.0, 0.0, 40.0, 40.0]] * 4).double()
+    first = _written(tmp_path / "first", gaze, torch.tensor([0.9, 0.3, 0.3, 0.3]).double())
+    away = gaze.clone()
+    away[1:, 2] += 50
+    before = _written(tmp_path / "before", away, torch.ones(4).double())
+    presence = torch.tensor([1.0, 0.5, 0.5, 0.2]).double()
+    after = _written(tmp_path / "after", away, presence)
+    read = type(after).read
+
+    def scattered(self: Any, name: str, rows: Tensor | None = None) -> Tensor:
+        value = read(self, name, rows)
+        if name == "draws":
+            value = value.clone()
+            # The second chain is 6 of 24 pixels off: squares share 18 × 24 of 30 × 24. Draws scatter within a chain.
+            value[:, 1, :, 2] += 6.0
+            value[:, :, 0, 3] += 30.0
+            value[:, :, 1, 3] -= 30.0
+        return value
+
+    monkeypatch.setattr(type(after), "read", scattered)
+    run = small_run()
+    monitor = learning._monitor(run, 2, after, before, first, 3, 0.5)
+    # What the start was sure of counts by the square of its presence; only the first scene's gaze has stayed.
+    assert monitor.retained == pytest.approx(0.9**2 / (0.9**2 + 3 * 0.3**2))
+    assert monitor.moved == 0.0
+    assert monitor.chains_agree == pytest.approx(18 / 30)
+    bound = run.model.dbn.log_prob_bound(density_coordinates(after.read("crops")[:, 0])).double()
+    assert monitor.bound == pytest.approx(float((presence * bound).sum() / presence.sum()), rel=1e-6)
+    assert abs(monitor.bound - float(bound.mean())) > 1e-3
 
 
 SMALL = ((96, 120), (120, 96))

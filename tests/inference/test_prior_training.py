@@ -1,16 +1,18 @@
 """Training of the prior: what it estimates, what it watches and what it returns when things go wrong."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from foveate.inference import prior_training
 from foveate.inference.prior_training import Monitor, augmented_coordinates, fit_covariance, train_dbn
-from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer
+from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity, choose_elliptical
 from foveate.model.errors import InputError
-from foveate.model.patch import density_coordinates
+from foveate.model.patch import density_coordinates, from_density_coordinates, normalise
+from foveate.model.rbm import BernoulliRBM
 
 
 def synthetic_crops(pictures: int, versions: int, seed: int) -> torch.Tensor:
@@ -187,3 +189,130 @@ def test_crops_that_cannot_be_learned_from_are_refused() -> None:
     crops[3, 0, 2, 2] = math.nan
     with pytest.raises(InputError, match="not finite"):
         train_dbn(crops)
+
+
+class Silent(prior_training._Watch):
+    """A watch that neither stops training nor goes back."""
+
+    def __init__(self) -> None: ...
+
+    def begin(self) -> None: ...
+
+    def check(self, *seen: Any) -> bool:
+        return False
+
+    def restore(self, net: DeepBeliefNet) -> None: ...
+
+
+def small_net(gated: bool) -> DeepBeliefNet:
+    layer = GatedLayer(2, 2, prior_training.DIRECTIONS, contrast_groups()) if gated else DiagonalLayer(4)
+    if isinstance(layer, DiagonalLayer):
+        with torch.no_grad():
+            layer.weight.normal_(std=0.05)
+    net = DeepBeliefNet(layer, BernoulliRBM(4, 3), EllipticalDensity.blank(575))
+    with torch.no_grad():
+        net.top.visible_bias.fill_(-1.0)
+    # A top without weights has its log Z in closed form.
+    net.set_log_z(4 * math.log1p(math.exp(-1.0)) + 3 * math.log(2), 0.0)
+    return net
+
+
+def test_mirror_images_are_left_for_right() -> None:
+    crop = torch.rand(2, 3, 24, 24)
+    back = from_density_coordinates(augmented_coordinates(crop))
+    torch.testing.assert_close(back[:, :3], normalise(crop), rtol=0, atol=1e-5)  # float32, a rotation of 576 values
+    torch.testing.assert_close(back[:, 3:], normalise(crop).flip(-1), rtol=0, atol=1e-5)
+
+
+def test_pictures_set_aside_are_of_other_people_and_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def gated(y: torch.Tensor, fold: Any, units: Any, steps: Any, watch: Any, generator: Any) -> DeepBeliefNet:
+        seen.update(trained=y[:, 0], validation=watch.validation)
+        return small_net(gated=False)
+
+    monkeypatch.setattr(prior_training, "_train_gated", gated)
+    crops, people = torch.rand(40, 2, 24, 24), torch.arange(40) // 4
+    train_dbn(crops, people=people, steps=1)
+    exact = density_coordinates(crops[:, 0]).double()
+    trained, held = (
+        (torch.cdist(seen[name].double(), exact) < 1e-4).nonzero()[:, 1] for name in ("trained", "validation")
+    )
+    assert sorted([*trained.tolist(), *held.tolist()]) == list(range(40)) and len(held) > 0
+    assert not set(people[held].tolist()) & set(people[trained].tolist())
+
+
+def test_a_check_scores_the_validation_crops() -> None:
+    net = small_net(gated=False)
+    validation, trained_on = torch.randn(30, 575), 2 * torch.randn(40, 575) + 0.3
+    seen: list[Monitor] = []
+    generator = torch.Generator().manual_seed(0)
+    watch = prior_training._Watch(validation, lambda share, monitor: seen.append(monitor), generator, 0.2)
+    assert not watch.check(net, "layer", 0, trained_on, 0.0)
+    # float32: the same sums by the same function.
+    assert seen[0].bound == pytest.approx(float(net.log_prob_bound(validation).mean()), rel=1e-5)
+    assert seen[0].train_bound == pytest.approx(float(net.log_prob_bound(trained_on).mean()), rel=1e-5)
+    assert watch.best == pytest.approx(seen[0].bound)
+    # The free energy of a top without weights is the units' number, times minus their bias, but for a constant.
+    on, off = (net.infer_hidden(y).sum(-1).mean() for y in (validation, trained_on))
+    assert seen[0].free_energy_gap == pytest.approx(float(on - off), abs=1e-4)
+    assert abs(seen[0].free_energy_gap) > 1e-3
+
+
+def test_the_core_is_as_wide_as_new_people_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    covariance = torch.diag(torch.linspace(0.1, 1, 575, dtype=torch.float64))
+    found = prior_training.Covariance(torch.zeros(575).double(), covariance, 3, 0.3, 0.4, 2.0, 6.0, 0.0)
+    monkeypatch.setattr(prior_training, "fit_covariance", lambda y, fold: found)
+    monkeypatch.setattr(prior_training, "_cross_fitted", lambda *rest: (torch.randn(24, 575), torch.zeros(24)))
+    for stage in ("_climb_layer", "_climb_top"):
+        monkeypatch.setattr(prior_training, stage, lambda *rest: None)
+    y, fold = torch.randn(12, 2, 575), torch.arange(12) % 5
+    net = prior_training._train_gated(y, fold, (2, 2, 2), 1, Silent(), torch.Generator().manual_seed(0))
+    variances = net.core.variances.double().sort().values
+    torch.testing.assert_close(variances, 2.0 * covariance.diagonal(), rtol=1e-5, atol=0)  # kept in float32
+    assert float(net.core.nu) == 6.0
+
+
+def test_a_fold_is_whitened_by_the_others_alone() -> None:
+    y, fold = torch.randn(20, 1, 575), torch.arange(20) % 5
+    found = prior_training.Covariance(torch.zeros(575), torch.eye(575).double(), 3, 0.3, 0.4, 1.0, 8.0, 0.0)
+    other = y.clone()
+    other[fold == 0] *= 3
+    (_, first), (_, second) = (prior_training._cross_fitted(values, fold, found) for values in (y, other))
+    assert torch.equal(first[:4], second[:4]) and not bool(torch.isclose(first[4:], second[4:]).any())
+
+
+def test_the_covariance_is_scored_on_people_it_has_not_seen() -> None:
+    y = augmented_coordinates(synthetic_crops(40, 1, 1))
+    found = fit_covariance(y, torch.arange(40) % 5)
+    new = density_coordinates(synthetic_crops(60, 1, 2)[:, 0])
+    scores = EllipticalDensity(found.mean.float(), found.inflation * found.covariance, found.nu).log_prob(new)
+    # In sample the score would lie far above what new people get; four standard errors.
+    assert found.score < float(scores.mean()) + 4 * float(scores.std()) / math.sqrt(60)
+    assert found.inflation > 1
+
+
+def test_what_the_layer_learns_raises_the_bound_on_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = small_net(gated=True)
+    with torch.no_grad():
+        net.top.visible_bias.zero_()
+    net.set_log_z(7 * math.log(2), 0.0)
+    e, new = torch.randn(300, 575, generator=generator), torch.randn(300, 575, generator=generator)
+    before = float(net.log_prob_bound(new).mean())
+    prior_training._climb_layer(net, e, e, torch.zeros(300), 60, Silent(), generator)
+    net.set_log_z(float(net.top.path_log_z(net.top.visible_bias)), 0.0)
+    # Without the Jacobian of the filters the bound would rise on what it was trained on and fall by 3 nats here.
+    assert float(net.log_prob_bound(new).mean()) > before
+
+
+def test_the_top_descends_the_gradient_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uphill(top: BernoulliRBM, units: Any, chains: Any, **options: Any) -> Any:
+        return {name: torch.ones_like(value) for name, value in top.named_parameters()}, chains
+
+    monkeypatch.setattr(prior_training, "fast_persistent_contrastive_divergence", uphill)
+    net, e = small_net(gated=True), torch.randn(300, 575)
+    with torch.no_grad():
+        net.top.visible_bias.zero_()
+    prior_training._climb_top(net, e, e, 5, Silent(), torch.Generator().manual_seed(0))
+    assert bool((net.top.visible_bias < 0).all()) and bool((net.top.hidden_bias < 0).all())
