@@ -101,7 +101,7 @@ class Ambiguity(Common):
         if run.model.identity is None:
             raise InputError(
                 f"{self.trained or self.data}: nobody taught this run to tell people apart; train on labelled scenes "
-                "with the column 'person', at least six people with two scenes each"
+                "with the column 'person', at least six people with two scenes each beside the people held out"
             )
         announce(f"attending to {len(two)} scenes with two people each; output: {self.out}")
         two.scenes.preload(progress=sys.stderr.isatty())

@@ -66,7 +66,7 @@ TEMPERATURE = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Common):
-    """Time our sampler beside Pyro, NumPyro and BlackJAX, on one thread and on two.
+    """Time our sampler beside Pyro, NumPyro and BlackJAX, on one thread and on two (or on `threads` alone).
 
     Attributes:
         out: a .json file; a plot of the same name with .png goes beside it.

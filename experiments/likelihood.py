@@ -63,7 +63,7 @@ class Likelihood(Common):
         out: a folder for results.json, table.md and failures.png; an earlier output there is replaced.
         random: random gazes per scene that the true one is to beat.
         diagonal: scenes to train the paper's diagonal net on, whose bound then stands beside; repeatable.
-        diagonal_steps: of its ascent, at most; it stops by itself. 3000 take about eight minutes.
+        diagonal_steps: of its ascent, at most; it stops by itself. 3000 take some ten minutes.
         sampling: how much to sample.
     """
 

@@ -62,9 +62,10 @@ def save(run: Run, path: str | os.PathLike, log: Iterable[Mapping[str, Any]] | N
         log: JSON-able objects for ``log.jsonl``; None keeps the log of the run that is replaced.
 
     Raises:
-        InputError: when `path` is a file or a folder that holds something else than a run, or when `run.config` or
-            `log` is not JSON-able. Nothing is changed then.
+        InputError: when `path` is a file or a folder that holds something else than a run, when `run.config` or
+            `log` is not JSON-able, or for a model with a prior over gazes of its own. Nothing is changed then.
     """
+    require_known_prior(run.model, "saved")
     target = Path(path).resolve()
     previous = _previous(target)
     if previous.is_dir():
@@ -188,6 +189,15 @@ def _write_run(run: Run, folder: Path, log: Iterable[Mapping[str, Any]] | None, 
         lines = [_json(entry, "log.jsonl") for entry in log or ()]
         destination.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     _flush(destination)
+
+
+def require_known_prior(model: AttentionModel, done: str) -> None:
+    """Refuse a subclass with a prior of its own, which would come back from disk as another: `InputError`."""
+    if type(model).prior is not AttentionModel.prior:
+        raise InputError(
+            f"a {type(model).__name__} has a prior over gazes of its own, which is code and in no run's folder, so it "
+            f"cannot be {done}: give an AttentionModel, its prior by gaze_prior and prior_options"
+        )
 
 
 def require_replaceable(target: Path) -> None:

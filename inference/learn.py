@@ -15,11 +15,11 @@ has been found are squared, as if it had been seen twice, and it must be at the 
 the run doubts seldom takes part, and where it has changed its mind it waits for the next round; nothing is cut off
 for good.
 
-Some scenes are held out of every M-step: their crops tell the prior when to stop, and what is found in them watches
-the rest (`Monitor`). A round that no longer finds what the start was sure of in them has drifted; one that is less
-sure of them than the start was has learned its own scenes by heart. Either is dropped, and learning stops. It has also
-ended where the run grows no surer of what it learns from: a few thousand scenes take four or five rounds, a few
-hundred take more.
+Some scenes are held out of what an M-step trains: their crops tell the prior when to stop, what is found in them
+weighs the evidence for a mode anew, and watches the rest (`Monitor`). A round that no longer finds what the start was
+sure of in them has drifted; one that is less sure of them than the start was has learned its own scenes by heart.
+Either is dropped, and learning stops. It has also ended where the run grows no surer of what it learns from: a few
+thousand scenes take four or five rounds, a few hundred take more.
 """
 
 import json
@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.inference.attend import MERGE, TRAJECTORIES, chain_starts, mode_potential, scene_pyramid, search
-from foveate.inference.checkpoint import Run, atomic_file, load, save, write_json
+from foveate.inference.checkpoint import Run, atomic_file, load, require_known_prior, save, write_json
 from foveate.inference.fit import (
     Progress,
     ScenePictures,
@@ -539,11 +539,7 @@ def _check(run: Run, scenes: UnlabelledPictures, numbers: dict[str, int]) -> Non
             raise InputError(f"{name}={number}: at least 1 is needed")
     if len(scenes) < 2 * FEWEST:
         raise InputError(f"{len(scenes)} scenes to learn from: at least {2 * FEWEST} are needed")
-    if type(run.model).prior is not AttentionModel.prior:
-        raise InputError(
-            f"the run's model is a {type(run.model).__name__} with a prior of its own, which no run on disk has, and "
-            "learning goes from disk to disk: give an AttentionModel, its prior by gaze_prior and prior_options"
-        )
+    require_known_prior(run.model, "learned with")
     if run.model.clutter is None:
         raise InputError("the run has no clutter model, so it cannot search scenes: train it anew with `foveate train`")
 

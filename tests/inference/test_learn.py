@@ -131,8 +131,10 @@ def test_so_is_a_model_with_a_prior_that_no_run_on_disk_has() -> None:
 
     run = small_run()
     run.model.__class__ = Mine
-    with pytest.raises(InputError, match="a Mine with a prior of its own"):
+    with pytest.raises(InputError, match=r"a Mine has a prior over gazes of its own.*cannot be learned with"):
         learn(run, soft_scenes(30))
+    with pytest.raises(InputError, match=r"a Mine has a prior over gazes of its own.*cannot be saved"):
+        save(run, "nowhere")
 
 
 def test_so_are_too_few_scenes_no_rounds_and_a_run_without_clutter_model() -> None:
