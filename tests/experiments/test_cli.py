@@ -327,7 +327,9 @@ def test_interrupted_while_its_outputs_are_put_in_place_attending_only_puts_them
     out = tmp_path / "out"
     assert main([*words, "--out", str(tmp_path / "whole"), "--seed", "1"]) == 0
     # Beside an earlier output.
-    assert main([*words, "--out", str(out)]) == 0
+    (out / "overlays").mkdir(parents=True)
+    for name in ("gazes.csv", "posterior.nc", "report.html", "overlays/00000_a.png"):
+        (out / name).write_text("an earlier one")
 
     def interrupted(whole: Any) -> Any:
         def at(path: Path, *rest: Any, **named: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from foveate.experiments.cli import main
 from foveate.experiments.conventions import labelled_scenes
 from foveate.experiments.learning import working_folder
 from foveate.experiments.training import unfinished_training
+from foveate.inference import prior_training
 from foveate.inference.checkpoint import load
 from foveate.model import gaze as gazes
 
@@ -31,6 +33,11 @@ def test_training_that_was_interrupted_is_resumed_to_the_same_guide(
         "foveate.experiments.training.default_clutter", lambda spec, seed: orl_clutter("train", 2, sizes=small)
     )
     steps = ["--glance-steps", "3", "--look-steps", "3", "--dbn-steps", "2"]
+    # What comes after the guide is begun anew in any case: a little of it is enough.
+    monkeypatch.setattr(fitting, "fit_clutter", partial(fitting.fit_clutter, count=500))
+    monkeypatch.setattr(fitting, "calibrated_factor", lambda *given: 1.0)
+    monkeypatch.setattr(prior_training, "RADII", (3,))
+    monkeypatch.setattr(prior_training, "STATIONARY", (0.3,))
 
     def train(out: str, *more: str) -> int:
         data = ["--data", "orl@train", "--data", "orl@test"]
