@@ -797,3 +797,46 @@ def test_the_most_promising_proposals_are_followed(world: World, monkeypatch: py
     kept, _ = attending._promising(world.model, world.guide, pyramid, Proposals(gaze, proposed))
     assert kept.logit[0].tolist() == [9, 7, 6, 5, 4, 3]
     assert torch.equal(kept.gaze[0, :, 2], gaze.double()[0, [2, 6, 8, 10, 11, 0], 2])
+
+
+def test_every_candidate_has_the_width_that_the_guide_saw_there(world: World) -> None:
+    class Telling(GazeGuide):
+        """Leads one and a half half-patches on, and says by its sds where it has looked."""
+
+        def look(self, pyramid: Any, gaze: Tensor, canonical: Any, scene: Any) -> GazeChange:
+            mean = torch.tensor([1.5, 0.0, 0.0, 0.0]).expand(len(gaze), 4)
+            log_sd = (math.log(0.05) + 0.005 * gaze[:, 2:3].float()).expand(-1, 4)
+            return GazeChange(mean, log_sd, *torch.zeros(2, len(gaze)))
+
+    torch.manual_seed(0)
+    found = search(world.model, Telling(4).eval(), Pyramid.build(world.scenes.pictures()), steps=2, modes=6)
+    there = torch.isfinite(found.log_weight)
+    assert int(there.sum()) > 6
+    # Half patches are 12 canonical pixels; float32 within.
+    expected = 12 * 0.05 * torch.exp(0.005 * found.gaze[..., 2])
+    torch.testing.assert_close(found.sd[..., 0][there], expected[there], rtol=1e-5, atol=0)
+
+
+def test_a_draw_of_v_is_given_the_states_that_were_drawn_for_the_last(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden: list[Tensor] = []
+    canonical: list[Tensor] = []
+
+    def gibbs_hidden(self: Any, v: Tensor, h: Tensor, generator: Any, update: str) -> Tensor:
+        assert not canonical or v is canonical[-1]
+        hidden.append(torch.full_like(h, float(len(hidden))))
+        return hidden[-1]
+
+    def gibbs_canonical(self: Any, seen: Tensor, noise: float, v: Tensor, h: Tensor, generator: Any) -> Tensor:
+        # A likelihood to the power 1 / T.
+        assert noise == pytest.approx(NOISE * math.sqrt(TEMPERATURE))
+        assert torch.equal(h, hidden[-1])
+        canonical.append(v + 1.0)
+        return canonical[-1]
+
+    monkeypatch.setattr(DeepBeliefNet, "gibbs_hidden", gibbs_hidden)
+    monkeypatch.setattr(DeepBeliefNet, "gibbs_canonical", gibbs_canonical)
+    pyramid = Pyramid.build(world.scenes.pictures([0]))
+    attending.canonical_draws(world.model, pyramid, world.start[:1, None, None], None, 0, torch.zeros(1, 1).long())
+    assert len(canonical) == 3 and len(hidden) == 4

@@ -622,6 +622,17 @@ def test_a_part_holds_the_mean_gaze_its_crop_and_how_surely_that_is_the_object(m
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_chain_that_ended_where_no_gaze_can_be_begins_anew() -> None:
+    run, scenes = small_run(), soft_scenes(3)
+    run.model.gaze_prior, run.model.prior_options = "flat", {"largest": 1.5}
+    given = run, scenes.pictures(), stream_keys(scenes.names)
+    before = learning._attended(*given, None, 0)
+    before["draws"][1, :, -1, 2] = 1e4
+    after = learning._attended(*given, before, 1)["draws"]
+    assert bool(after.isfinite().all()) and float(after[..., 2].max()) < 100
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_round_goes_on_from_the_round_before(monkeypatch: pytest.MonkeyPatch) -> None:
     attended, expectation = learning._attended, learning._expectation
     keys: dict[str, list[Tensor]] = {}

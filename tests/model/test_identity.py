@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.model.identity import FEWEST_PEOPLE, IdentityModel, edges
+from foveate.model.identity import FEWEST_PEOPLE, IdentityModel, _Spread, edges
 
 
 def faces(people: int, pictures: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -96,3 +96,14 @@ def test_edges_have_a_gradient_that_finite_differences_confirm() -> None:
         numeric = ((edges(patch + h * step) - edges(patch - h * step)) * weight).sum() / (2 * h)
     # Rectified gradients have kinks; a random patch stays clear of them at steps of 1e-6.
     assert float((slope * step).sum()) == pytest.approx(float(numeric), rel=1e-4)
+
+
+def test_people_are_not_taken_to_differ_by_what_their_pictures_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    people, b, w = 1000, torch.tensor([1.0, 0.25]), 2.0
+    f = (torch.randn(people, 1, 2, generator=generator) * b.sqrt()).repeat_interleave(2, 0)
+    f = f + math.sqrt(w) * torch.randn(f.shape, generator=generator)
+    between = _Spread(f, torch.arange(people).repeat_interleave(2)).between
+    # Means of two pictures scatter by B + W / 2, whose estimate has this relative error; four of them.
+    error = (b + w / 2) * math.sqrt(2 / (people - 1))
+    assert bool(((between.diagonal().float() - b).abs() < 4 * error).all())
