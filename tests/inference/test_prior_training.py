@@ -242,6 +242,7 @@ def test_pictures_set_aside_are_of_other_people_and_not_trained_on(monkeypatch: 
     assert not set(people[held].tolist()) & set(people[trained].tolist())
 
 
+@torch.no_grad()
 def test_a_check_scores_the_validation_crops() -> None:
     net = small_net(gated=False)
     validation, trained_on = torch.randn(30, 575), 2 * torch.randn(40, 575) + 0.3
