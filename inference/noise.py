@@ -3,6 +3,8 @@
 A counter-based generator in the sense of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
 (SC 2011): there is no state to advance, so the numbers of one stream are the same alone and in any batch, on any
 device. The mixing function is the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+Where PyTorch's own generators are used they are of the CPU, and `made_on_cpu` keeps there what they fill.
 """
 
 import hashlib

@@ -23,9 +23,10 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         except RuntimeError:
             # Neither the folder of the module nor the user's own can be written to, as in some containers.
             warnings.warn(
-                "no folder can be written to that would keep compiled loops: every process compiles its own, which "
-                "takes about a minute; set NUMBA_CACHE_DIR to one that can",
-                stacklevel=2,
+                "no folder can be written to that would keep compiled loops: every process compiles its own before it "
+                "begins; set NUMBA_CACHE_DIR to a folder that can",
+                # One place for all loops, which is told once.
+                stacklevel=1,
             )
             return numba.njit(nogil=True, **options)(function)
 

@@ -153,6 +153,8 @@ def test_the_attention_model_runs_with_hidden_and_canonical_by_gibbs_and_the_gaz
     assert samples["gaze"].shape == (6, 2, 4) and samples["canonical"].shape == (6, 2, 575)
     assert ((samples["hidden"] == 0) | (samples["hidden"] == 1)).all()
     assert kernel.statistics.acceptance_rate.mean() > 0.1
+    # v sees the patch, of variance 1, at noise 0.5 √0.5, and its prior at a noise of 1: closer to the patch than that.
+    assert samples["canonical"].std() < 1.0
     with pytest.raises(InputError, match="no site 'hidden'"):
         attention_kernel(model.with_latent("collapsed"), pictures)
     with pytest.raises(InputError, match="hidden_update='guess'"):
