@@ -197,6 +197,67 @@ def test_the_guide_becomes_a_prior_where_pictures_say_nothing_and_it_is_right(wi
     assert figures["validation_log_density"] >= figures["validation_log_density_without_guide_prior"] - 0.05
 
 
+@pytest.fixture
+def one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank pictures look the same through any noise."""
+    monkeypatch.setattr(fitting, "NOISES", fitting.NOISES[:1])
+
+
+def flat_scenes(z: Tensor) -> tuple[Pyramid, Tensor, Tensor]:
+    """Blank pictures, the gaze found in each, and true gazes at z in its chart: in sight, far from the border."""
+    gaze = torch.tensor([1.5, 0.0, 100.0, 100.0]).double().expand(len(z), 4)
+    return Pyramid.build([torch.full((200, 200), 0.5)] * len(z)), gaze, gazes.LocalChart(gaze).to_gaze(z)
+
+
+@pytest.mark.usefixtures("one_noise")
+def test_a_variant_is_scored_by_the_posterior_density_of_the_truth() -> None:
+    """In closed form: where the odds are flat, the prior is normal in the chart, as the guide's belief is."""
+    sd = torch.tensor([1.0, 0.7, 1.2, 0.8]).double()
+    z = sd * torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).clamp(-1.2, 1.2)
+    z[:, 2] += 0.5  # not about 0, where a wrong Jacobian would do no harm
+    pyramid, gaze, truth = flat_scenes(z)
+    model, guide = quick_model(), GazeGuide(4)
+    figures = fitting._choose_variant(model, guide, [pyramid], [(gaze, sd.expand(4, 4))], [truth])
+    prior = gazes.GazePrior(torch.tensor([200, 200]))
+    assert not isinstance(prior.typical, Tensor)
+    # Log-scale and rotation are counted in units of 0.125; the centre is uniform.
+    away = (math.log(prior.typical * 200 / 24) - math.log(1.5)) / 0.125
+    of_prior = torch.tensor([0.0, 0.0, (0.125 / 0.6) ** 2, (0.125 / 0.25) ** 2]).double()
+    precision = sd**-2 + of_prior
+    mean = torch.tensor([0.0, 0.0, away, 0.0]).double() * of_prior / precision
+    exact = float(torch.distributions.Normal(mean, precision**-0.5).log_prob(z).sum(-1).mean())
+    assert figures["guide_prior"] is True
+    # 512 quasi-random points of the normaliser; the chart's volume with its sign changed would cost over 0.1.
+    assert figures["validation_log_density"] == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.usefixtures("one_noise")
+def test_no_single_scene_decides_about_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One truth 30 sds away counts for `WORST` = -25 nats, not for -450."""
+    monkeypatch.setattr(fitting, "PREFERENCE", -1e6)
+    z, sd = torch.zeros(2, 4).double(), torch.full((2, 4), 0.05).double()
+    scores = []
+    for far in (0.0, 30 * 0.05):
+        z[0, 2] = far
+        pyramid, gaze, truth = flat_scenes(z)
+        figures = fitting._choose_variant(quick_model(), GazeGuide(4), [pyramid], [(gaze, sd)], [truth])
+        scores.append(figures["validation_log_density"])
+    assert scores[1] == pytest.approx((scores[0] - 25) / 2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_noise")
+def test_the_guide_must_be_better_than_none_by_the_preference(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, sd = torch.zeros(1, 4).double(), torch.ones(1, 4).double()
+    pyramid, gaze, truth = flat_scenes(z)
+    chosen = []
+    for preference in (-1e6, fitting.PREFERENCE, 1e6):
+        monkeypatch.setattr(fitting, "PREFERENCE", preference)
+        chosen.append(
+            fitting._choose_variant(quick_model(), GazeGuide(4), [pyramid], [(gaze, sd)], [truth])["guide_prior"]
+        )
+    assert chosen == [True, True, False]
+
+
 def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(8)
     pyramid = Pyramid.build([torch.rand(80, 80, generator=generator) for _ in range(6)])
