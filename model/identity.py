@@ -63,7 +63,7 @@ class IdentityModel(nn.Module):
         super().__init__()
         for name, value in (("mean", mean), ("axes", axes), ("between", between)):
             self.register_buffer(name, value)
-        self.register_buffer("weight", torch.tensor(weight, dtype=mean.dtype))
+        self.register_buffer("weight", mean.new_tensor(weight))
 
     @classmethod
     def blank(cls, directions: int) -> "IdentityModel":
@@ -88,17 +88,17 @@ class IdentityModel(nn.Module):
         several = [p for p in person.unique().tolist() if int((person == p).sum()) > 1]
         if len(several) < FEWEST_PEOPLE:
             return None
-        pictures = torch.isin(person, torch.tensor(several))
+        pictures = torch.isin(person, person.new_tensor(several))
         f, person = edges(crops[pictures]), person[pictures]
         generator = torch.Generator().manual_seed(seed)
         losses = torch.zeros(len(FLOORS), len(WEIGHTS), dtype=torch.float64)
         for held in torch.tensor(several)[torch.randperm(len(several), generator=generator)].tensor_split(FOLDS):
-            out = torch.isin(person, held)
+            out = torch.isin(person, held.to(person))
             spread = _Spread(f[~out], person[~out])
             triples = _triples(person[out], generator)
             for i, floor in enumerate(FLOORS):
                 margin = _margins(spread.model(floor), f[out], triples).double()
-                losses[i] += torch.stack([functional.softplus(-w * margin).mean() for w in WEIGHTS])
+                losses[i] += torch.stack([functional.softplus(-w * margin).mean() for w in WEIGHTS]).cpu()
         best = int(losses.argmin())
         return _Spread(f, person).model(FLOORS[best // len(WEIGHTS)], WEIGHTS[best % len(WEIGHTS)])
 
@@ -164,6 +164,7 @@ class _Spread:
 
 def _triples(person: Int[Tensor, " picture"], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of pictures v, another of the same person, and one of another person: `TRIPLES` of them."""
+    person = person.cpu()  # where the generator is
     same = (person[:, None] == person).double()
     others = 1 - same
     same.fill_diagonal_(0)

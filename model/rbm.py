@@ -6,7 +6,7 @@ deviations of Gaussian visible units.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,13 @@ def bernoulli(
     probabilities: Float[Tensor, "*batch"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch"]:
     """Independent draws of 0 or 1, in the dtype and on the device of the probabilities."""
-    uniform = torch.rand(
-        probabilities.shape, generator=generator, dtype=probabilities.dtype, device=probabilities.device
-    )
-    return (uniform < probabilities).to(probabilities.dtype)
+    return (_random(torch.rand, probabilities, generator) < probabilities).to(probabilities.dtype)
+
+
+def _random(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers for a tensor, wherever it is: a generator fills memory of its own device alone."""
+    device = like.device if generator is None else generator.device
+    return draw(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def entropy(q: Float[Tensor, "*batch unit"]) -> Float[Tensor, "*batch"]:
@@ -77,10 +80,7 @@ class _RBM(nn.Module):
     def randomise(self, scale: float, generator: torch.Generator | None = None) -> None:
         """Draw the weights from N(0, scale²), the usual start of training."""
         with torch.no_grad():
-            noise = torch.randn(
-                self.weight.shape, generator=generator, dtype=self.weight.dtype, device=self.weight.device
-            )
-            self.weight.copy_(scale * noise)
+            self.weight.copy_(scale * _random(torch.randn, self.weight, generator))
 
     def hidden_activation(self, v: Float[Tensor, "*batch visible"]) -> Float[Tensor, "*batch hidden"]:
         """``c + Wᵀ v``: the log-odds of the hidden units given v."""
@@ -256,7 +256,7 @@ class GaussianRBM(_RBM):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*batch visible"]:
         mean = (1 - beta) * base + beta * (self.visible_bias + self.sigma**2 * (h @ self.weight.T))
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        noise = _random(torch.randn, mean, generator)
         return mean + self.sigma * noise
 
     def path_log_z(self, base: Float[Tensor, "visible"]) -> Float[Tensor, ""]:

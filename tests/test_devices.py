@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from foveate.data import Scenes
+from foveate.inference import prior_training
 from foveate.inference.attend import Candidates, attend
 from foveate.inference.checkpoint import Run
 from foveate.inference.fit import fit_clutter
@@ -26,6 +27,7 @@ from foveate.model.attention import AttentionModel
 from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity
+from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, extract, from_density_coordinates, normalise
 from foveate.model.rbm import BernoulliRBM
 
@@ -134,14 +136,14 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def assert_same_elsewhere(function: Callable[..., Any], *args: Any) -> None:
+def assert_same_elsewhere(function: Callable[..., Any], *args: Any, tolerance: float = 0.0) -> None:
     """The function gives on the other device, and only there, what it gives here."""
     wanted = [t for t in tree_leaves(function(*args)) if _is_tensor(t)]
     found = [t for t in tree_leaves(function(*away(args))) if _is_tensor(t)]
     assert len(found) == len(wanted) > 0
     for there, here in zip(found, wanted, strict=True):
         assert there.device == ELSEWHERE
-        torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=0, atol=tolerance)
 
 
 # ---- the second device itself
@@ -414,3 +416,37 @@ def test_pyros_own_kernels_are_given_starts_and_asked_for_energies_where_the_mod
     how: dict[str, Any] = {"canonical": torch.rand(1, 24, 24), "chains": 1, "draws": 2, "warmup": 1, "guide_steps": 1}
     posterior = attend(model, guide, [torch.rand(40, 50)], kernel="hmc", **how)
     assert posterior.gaze.shape == (1, 1, 2, 4) and bool(posterior.statistics["lp"].isfinite().all())
+
+
+# ---- the prior
+
+
+@pytest.mark.parametrize("form", ["gated", "diagonal"])
+def test_the_prior_is_trained_where_the_crops_are(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One setting is enough to see where it is; and `double()` is to make new parameters, as a wrapper's cannot change.
+    for name, only in (("RADII", (3,)), ("STATIONARY", (1.0,)), ("SAMPLE_SHARE", (0.4,)), ("FOLDS", 2)):
+        monkeypatch.setattr(prior_training, name, only)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+
+        def trained(crops: Tensor, people: Tensor) -> list[Tensor]:
+            units: dict[str, Any] = {"shape_units": 4, "contrast_units": 4, "diagonal_units": 8, "top_units": 4}
+            net = prior_training.train_dbn(crops, people=people, form=form, steps=2, **units)
+            return list(net.state_dict().values())
+
+        # The same random numbers; a wrapper's strides differ, and with them the order of sums in float32.
+        assert_same_elsewhere(trained, torch.rand(24, 2, 24, 24), torch.arange(24) // 3, tolerance=1e-3)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+def test_what_tells_people_apart_is_fitted_where_the_crops_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("foveate.model.identity"), "TRIPLES", 50)
+
+    def fitted(crops: Tensor, person: Tensor) -> list[Tensor]:
+        model = IdentityModel.fit(crops, person)
+        assert model is not None
+        return list(model.state_dict().values())
+
+    assert_same_elsewhere(fitted, torch.rand(18, 2, 24, 24), torch.arange(18) // 3, tolerance=1e-3)
