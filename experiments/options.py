@@ -26,7 +26,7 @@ class Common:
     Attributes:
         seed: of everything that is random.
         device: auto takes CUDA where PyTorch sees it, else the CPU.
-        threads: of the CPU; all cores by default.
+        threads: of the CPU; all cores by default (bench: one, then two).
     """
 
     seed: int = 0

@@ -1,0 +1,104 @@
+"""The bench's rows on a small problem; the peers on JAX where they are installed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.experiments import bench, peers
+from foveate.experiments.bench import SAMPLERS, Bench
+from foveate.model.errors import InputError
+
+KEYS = {"sampler", "us_per_leapfrog", "cpu_us_per_leapfrog", "acceptance", "ess", "ess_per_second"}
+
+
+def few(name: str, most: int) -> Any:
+    """A peer's sampler with fewer draws than the bench asks of it."""
+    sampler = getattr(peers, name)
+
+    def sampled(*args: Any, draws: int, warmup: int, **options: Any) -> Any:
+        return sampler(*args, draws=min(draws, most), warmup=min(warmup, most), **options)
+
+    return sampled
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Two scenes, two chains, on a thread; the peers on JAX stand for themselves with Pyro's chain."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SIZES", ((2, 2),)), ("DRAWS", 20), ("REPEATS", 1), ("PEER_STEPS", (2, 3))):
+            patch.setattr(bench, name, value)
+        patch.setattr(bench, "pyro_chain", few("pyro_chain", 5))
+
+        def stand_in(potential: Any, chains: int, *, repeats: int = 1, **options: Any) -> list[peers.Run]:
+            run = few("pyro_chain", 5)(potential, 0, **options)
+            return [run._replace(draws=np.repeat(run.draws, chains, 1))] * repeats
+
+        patch.setattr(bench, "blackjax_hmc", stand_in)
+        patch.setattr(bench, "numpyro_hmc", stand_in)
+        problem, odds = bench._problem(2, seed=0), bench._odds(seed=0)
+        found = list(bench._rows(problem, odds, 2, 2, seed=0))
+        found = [row | {"scenes": 2, "chains": 2, "threads": 1} for row in found]
+        assert set(bench._ratios(found)[0]) >= {"leapfrog_to_pyro-hmc", "ess_per_second_to_blackjax-hmc"}
+    return found
+
+
+def test_every_sampler_has_a_row(rows: list[dict[str, Any]]) -> None:
+    assert sorted(row["sampler"] for row in rows) == sorted(SAMPLERS)
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["us_per_leapfrog"] > 0 and 0 <= row["acceptance"] <= 1
+        # All but the bare pass give draws, of which some count.
+        assert (row["ess_per_second"] is None) == (row["sampler"] == "fused-pass")
+
+
+def test_peers_have_the_best_of_several_numbers_of_steps(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["sampler"] in ("blackjax-hmc", "numpyro-hmc", "pyro-hmc"):
+            each = row["ess_per_second_by_num_steps"]
+            assert set(each) == {"2", "3"}
+            assert row["ess_per_second"] == each[str(row["ess_num_steps"])] == max(each.values())
+
+
+def test_the_rows_are_drawn(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SIZES", ((2, 2),))
+    bench._plot(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_the_plain_definition_has_the_energy_and_slope_of_the_fused_pass() -> None:
+    problem = bench._problem(2, seed=0)
+    z = 0.3 * torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    for fused, plain in zip(problem(z), bench._Differentiated(problem)(z), strict=True):
+        # Float32 sums of 576 squares over σ² = 0.0025.
+        torch.testing.assert_close(fused, plain.to(fused.dtype), rtol=1e-3, atol=0.5)
+
+
+def test_the_bench_runs_where_it_is_told_to() -> None:
+    with pytest.raises(InputError, match="--device cuda"):
+        Bench(out=Path("never.json"), device="cuda").prepare()
+
+
+def test_the_density_in_jax_is_ours() -> None:
+    pytest.importorskip("jax", reason="needs the extra 'bench'")
+    problem = bench._problem(3, seed=0)
+    z = 0.2 * torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert peers.agreement(problem, z) < 1e-4  # of the spread of energies, float32 on both sides
+
+
+@pytest.mark.parametrize("name", ["blackjax_hmc", "numpyro_hmc"])
+def test_peers_on_jax_draw_from_the_posterior_that_ours_draws_from(name: str) -> None:
+    """Means of two samplers of 4 × 400 draws agree to what such means scatter by."""
+    pytest.importorskip(name.split("_")[0], reason="needs the extra 'bench'")
+    problem = bench._problem(2, seed=0)
+    settings = {"draws": 400, "warmup": 400, "step_size": bench.STEP_SIZE, "num_steps": 3, "seed": 1}
+    (run,) = getattr(peers, name)(problem, 4, **settings)
+    start = torch.zeros(2, 4, 4)
+    z, _ = bench.sample_batch(problem, start, num_samples=400, warmup_steps=400, seed=1)
+    assert run.draws.shape == tuple(z.shape)
+    ours, sd = z.double().mean((1, 2)), z.double().std((1, 2))
+    theirs = torch.from_numpy(np.array(run.draws)).double().mean((1, 2))
+    # Some 200 independent draws on each side: a standard error of 0.1 sd of the difference; five of them.
+    assert bool(((theirs - ours).abs() < 0.5 * sd).all())
