@@ -9,7 +9,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -334,6 +334,8 @@ class Scenes(_PictureList):
                 or has two rows for one picture, a cell that is no number, a gaze turned by 90° or more, with its centre
                 outside the picture or of no size of an object (`foveate.data.labels.check_gaze`); the split is unknown.
         """
+        if labels not in get_args(Labels):
+            raise InputError(f"labels {labels!r}: there are {', '.join(get_args(Labels))}")
         folder = Path(directory)
         listed = list_pictures(folder)
         links = [path for path in passed_over(folder, listed) if path.is_symlink() and path.is_dir()]

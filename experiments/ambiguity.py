@@ -30,6 +30,7 @@ from foveate.experiments.scoring import Sampling
 from foveate.experiments.training import Budget, default_clutter, fit_logged, remove_unfinished
 from foveate.inference.attend import attend, scene_pyramid, search
 from foveate.inference.checkpoint import Run, write_json
+from foveate.inference.evaluate import versions
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
 from foveate.model.errors import InputError
@@ -109,6 +110,7 @@ class Ambiguity(Common):
         ask = _Asker(run, two, dataclasses.asdict(self.sampling), self.seed)
         results, pictures = _asked(ask, min(self.swept, len(two)))
         results |= {"data": self.data, "seed": self.seed, "seconds": time.perf_counter() - began}
+        results["versions"] = versions()
         for name, figure in pictures.items():
             save_figure(figure, self.out / f"{name}.png")
         write_text(self.out / "results.md", _markdown(results))

@@ -55,7 +55,7 @@ class Attend(Common):
 
     Attributes:
         source: the run.
-        pictures: pictures, or folders of them.
+        pictures: pictures, or folders of them; one at least.
         out: a folder; an earlier output there is replaced. Where the same command was interrupted it goes on.
         max_objects: attend to up to so many objects of each picture one after the other, what is explained taken out;
             of those beyond the first the ones that are told of have a presence of 0.5 or more.

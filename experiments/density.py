@@ -4,12 +4,10 @@ It answers what table 2 and figure 6 of Tang et al. 2014 answer.
 """
 
 import dataclasses
-import platform
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from foveate.experiments.options import Common, announce, open_run, require_at_l
 from foveate.experiments.outputs import check_directory, markdown_table, save_figure, write_text
 from foveate.experiments.scoring import Sampling
 from foveate.inference.checkpoint import Run, write_json
-from foveate.inference.evaluate import evaluate
+from foveate.inference.evaluate import evaluate, versions
 from foveate.model.errors import InputError
 
 __all__ = ["Density", "recovered", "samples_figure", "table_rows"]
@@ -46,7 +44,7 @@ class Density(Common):
         after: what `foveate learn` made of it.
         labelled: a run that was trained on the same scenes with their labels; may be left away.
         data: scenes with known gazes to score on: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR,
-            with @train or @test; repeatable, a column each.
+            with @train or @test; one at least; repeatable, a column each.
         out: a folder for results.json, table.md and samples.png; an earlier output there is replaced.
         samples: of each prior in the picture.
         sampling: how much to sample.
@@ -88,8 +86,7 @@ class Density(Common):
             "recovered": {spec: recovered(scores, spec) for spec in scenes} if self.labelled else None,
             "seed": self.seed,
             "seconds": time.perf_counter() - began,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("foveate", "torch", "pyro-ppl", "numpy")},
+            "versions": versions(),
         }
         self.out.mkdir(parents=True, exist_ok=True)
         save_figure(samples_figure(runs, self.samples, self.seed), self.out / "samples.png")

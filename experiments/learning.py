@@ -48,8 +48,8 @@ class Learn(Common):
 
     Attributes:
         source: the run to start from.
-        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable;
-            labels there are not read.
+        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; one at
+            least; repeatable; labels there are not read.
         clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by
             default those, where scikit-image is installed, else windows that miss what was found.
         out: the run that was learned, a folder; an earlier run there is replaced.

@@ -3,12 +3,10 @@
 import copy
 import dataclasses
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,7 +25,7 @@ from foveate.experiments.outputs import check_directory, markdown_table, save_fi
 from foveate.experiments.scoring import Sampling
 from foveate.inference.attend import attend, scene_pyramid, search
 from foveate.inference.checkpoint import Run, write_json
-from foveate.inference.evaluate import crop_bounds, jittered_starts
+from foveate.inference.evaluate import crop_bounds, jittered_starts, versions
 from foveate.inference.fit import crops_of, person_numbers
 from foveate.inference.guide import GazeGuide
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
@@ -58,7 +56,7 @@ class Likelihood(Common):
     Attributes:
         source: the run.
         data: scenes with known gazes to report on: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR,
-            with @train or @test; repeatable, each is reported by itself.
+            with @train or @test; one at least; repeatable, each is reported by itself.
         clutter: pictures without the object that training did not see: folder:DIR or orl, with @train or @test.
         out: a folder for results.json, table.md and failures.png; an earlier output there is replaced.
         random: random gazes per scene that the true one is to beat.
@@ -120,8 +118,7 @@ class Likelihood(Common):
         results |= {
             "seed": self.seed,
             "seconds": time.perf_counter() - began,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("foveate", "torch", "pyro-ppl", "numpy")},
+            "versions": versions(),
         }
         table = markdown_table(("figure", *scenes), _rows(results))
         self.out.mkdir(parents=True, exist_ok=True)
@@ -230,6 +227,8 @@ def beats_random_gazes(
         truth. ``"odds_re_expressed"``: the gazes of `again` in the truth's place, if given. ``"gaussian"``,
         ``"student_t"``: the baselines of the model in the object's place, seen through the same noise, against the
         same clutter.
+
+    Convention: gazes in scene pixels, `foveate.model.gaze`.
     """
     truth = scenes.gazes
     assert truth is not None

@@ -51,7 +51,7 @@ from foveate.experiments.training import Budget, default_clutter, fit_logged, re
 from foveate.inference.attend import Candidates, attend, canonical_draws, scene_pyramid, search
 from foveate.inference.calibration import LEVEL, Reliability, reach, reliability
 from foveate.inference.checkpoint import Run, write_json
-from foveate.inference.evaluate import jittered_starts
+from foveate.inference.evaluate import jittered_starts, versions
 from foveate.inference.guide import WINDOW, GazeGuide
 from foveate.inference.posterior import Posterior
 from foveate.model import gaze as gazes
@@ -168,6 +168,7 @@ class Localisation(Common):
             "seed": self.seed,
             "sampling": dataclasses.asdict(self.sampling),
             "seconds": time.perf_counter() - began,
+            "versions": versions(),
         }
         write_text(self.out / "results.md", _markdown(results))
         write_json(self.out / "results.json", results)

@@ -49,7 +49,8 @@ class Evaluate(Common):
 
     Attributes:
         source: the run.
-        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable.
+        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; one at
+            least; repeatable.
         out: a .json file; earlier results there are replaced.
         start: scene gives no initial gaze; jitter is the paper's protocol, a random gaze about the truth.
         sampling: how much to sample.

@@ -20,6 +20,7 @@ from foveate.experiments.options import Common, StageBars, announce, open_run, r
 from foveate.experiments.outputs import check_picture, check_run, save_figure, write_text
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.fit import fit
+from foveate.inference.prior_training import Monitor
 from foveate.inference.resume import discard
 from foveate.model import DeepBeliefNet
 from foveate.model.errors import InputError
@@ -61,8 +62,9 @@ class Train(Common):
     """Learn the model and the guide from scenes with known gazes.
 
     Attributes:
-        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; repeatable:
-            labels of later collections are re-expressed as the first one's labeller would have drawn them.
+        data: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR, with @train or @test; one at
+            least; repeatable: labels of later collections are re-expressed as the first one's labeller would have drawn
+            them.
         clutter: pictures without the object: folder:DIR, or orl for the photographs that scikit-image bundles; by
             default those, where scikit-image is installed, else windows of the scenes that miss the object.
         out: the run, a folder; an earlier run there is replaced.
@@ -135,20 +137,29 @@ def fit_logged(
     unfinished = unfinished_training(out)
     lines = unfinished / "log.jsonl"
     # What was done after the last state that was kept is done, and logged, once more.
-    log: dict[tuple[str, int], dict[str, Any]] = {}
+    log: dict[tuple[Any, ...], dict[str, Any]] = {}
     if lines.is_file():
         earlier = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-        log = {(entry["stage"], entry["done"]): entry for entry in earlier}
+        log = {_line(entry): entry for entry in earlier}
+    # What the last check of the prior's training saw, for the log's next line.
+    seen: dict[str, Any] = {}
+
+    def watch(monitor: Monitor) -> None:
+        seen.update(monitor._asdict())
+        seen["part"] = seen.pop("stage")
+
     began = time.perf_counter() - max((entry["seconds"] for entry in log.values()), default=0.0)
     with StageBars() as bars:
 
         def progress(stage: str, done: int, total: int, figure: float) -> None:
             bars(stage, done, total, figure)
-            # A hundred lines of each stage tell how it went; reading has nothing to tell.
-            if stage != "reading" and (done % max(1, total // 100) == 0 or done >= total - 1):
+            # A hundred lines of each stage tell how it went, or all checks of the prior; reading has nothing to tell.
+            at_last = done >= total - 1
+            if stage == "prior" or (stage != "reading" and (done % max(1, total // 100) == 0 or at_last)):
                 seconds = round(time.perf_counter() - began, 2)
                 entry = {"stage": stage, "done": done, "total": total, "figure": figure, "seconds": seconds}
-                log[stage, done] = entry
+                entry |= seen if stage == "prior" else {}
+                log[_line(entry)] = entry
                 if unfinished.is_dir():
                     write_text(lines, "".join(json.dumps(entry) + "\n" for entry in log.values()))
 
@@ -159,12 +170,18 @@ def fit_logged(
             seed=seed,
             device=device,
             progress=progress,
+            watch=watch,
             checkpoint=unfinished,
             resume=True,
         )
     run = Run(run.model, run.guide, run.config | (labels or {}))
     save(run, out, log.values())
     return run
+
+
+def _line(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What a line of the log is about: a later one about the same takes its place."""
+    return entry["stage"], entry.get("part"), entry["done"]
 
 
 def unfinished_training(out: Path) -> Path:

@@ -1,4 +1,7 @@
-"""Attending: from pictures to posteriors over the gaze, by a glance, a few looks, and HMC within the modes found."""
+"""Attending: from pictures to posteriors over the gaze, by a glance, a few looks, and HMC within the modes found.
+
+Convention (the whole module): gazes ``(..., 4)`` in scene pixels, `foveate.model.gaze`.
+"""
 
 import math
 import os
@@ -65,10 +68,15 @@ PEOPLE = 8
 EXPLAINED = 0.3
 # The narrowest patch that is looked for, as a share of the shorter side: finer levels are not built.
 SMALLEST = 0.07
-# How chains move: step size and length in the chart's units, and the leapfrog steps of a trajectory at most.
-TRAJECTORIES: dict[str, Any] = {"step_size": 0.3, "trajectory_length": 1.6, "max_num_steps": 24}
 
 Kernel = Literal["batched", "hmc", "nuts"]
+# How chains of each kernel move, in the chart's units; told with the posterior.
+_MOVES = {"step_size": 0.3, "target_accept_prob": 0.8}
+TRAJECTORIES: dict[Kernel, dict[str, Any]] = {
+    "batched": _MOVES | {"trajectory_length": 1.6, "max_num_steps": 24, "jitter": 0.5},
+    "hmc": _MOVES | {"trajectory_length": 1.6},
+    "nuts": _MOVES | {"max_tree_depth": 6},
+}
 
 
 class Candidates(NamedTuple):
@@ -277,7 +285,8 @@ def attend(
         chains: per scene, within the heaviest mode.
         draws: kept per chain.
         warmup: draws that adapt the step size, not kept.
-        start: ``(scene, 4)`` initial gazes (the paper's protocol), array or tensor; None searches whole scenes.
+        start: ``(scene, 4)`` initial gazes in scene pixels (the paper's protocol), array or tensor; None searches whole
+            scenes.
         canonical: ``(scene, 24, 24)`` in [0, 1], or uint8: whom to look for. Any picture of the person serves where the
             model can tell people apart (`AttentionModel.identity`); else the image that is looked for to the pixel.
             With a start it is looked for within four patch widths of it.
@@ -344,7 +353,10 @@ def attend_batches(
     batch: int = 16,
     progress: bool = False,
 ) -> Iterator[Posterior]:
-    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number."""
+    """`attend`, one `Posterior` for every `batch` pictures as they are done: memory does not grow with their number.
+
+    Arguments and errors are those of `attend`.
+    """
     if isinstance(pictures, str | os.PathLike) or not hasattr(pictures, "__len__"):
         raise InputError(
             f"pictures is a {type(pictures).__name__}: needed is a list of arrays or tensors, or Scenes; files are "
@@ -372,6 +384,7 @@ def attend_batches(
         "draws": draws,
         "warmup": warmup,
         "kernel": kernel,
+        "trajectories": TRAJECTORIES[kernel],
         "guide_steps": guide_steps,
         "seed": seed,
         "guide_prior": float(guide.prior_weight),
@@ -497,7 +510,7 @@ def _sampled(
             warmup_steps=settings["warmup"],
             seed=settings["seed"],
             streams=streams,
-            **TRAJECTORIES,
+            **TRAJECTORIES["batched"],
         )
         recorded = statistics._asdict()
     else:
@@ -563,6 +576,9 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
     """Energy of patches: the collapsed odds, or, with a picture of each scene's person, the odds of that person.
 
     A model that cannot tell people apart takes the given picture for the canonical image itself.
+
+    Raises:
+        InputError: neither a clutter model nor a picture.
     """
     with torch.no_grad():
         dense_object, dense_clutter = model.marginal_densities()
@@ -615,14 +631,10 @@ def _stock(
 
         for c in range(chains):
             pyro.set_rng_seed(int(seeds[i, c]))
-            single: dict[str, Any] = {"step_size": 0.3, "potential_fn": energy, "adapt_mass_matrix": False}
-            stock = (
-                HMC(trajectory_length=1.6, **single)
-                if settings["kernel"] == "hmc"
-                else NUTS(max_tree_depth=6, **single)
-            )
+            kernel: Kernel = settings["kernel"]
+            stock = HMC if kernel == "hmc" else NUTS
             mcmc = MCMC(
-                stock,
+                stock(potential_fn=energy, adapt_mass_matrix=False, **TRAJECTORIES[kernel]),
                 num_samples=settings["draws"],
                 warmup_steps=settings["warmup"],
                 initial_params={"z": z0[i, c].clone()},

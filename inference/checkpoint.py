@@ -105,8 +105,7 @@ def load(path: str | os.PathLike) -> Run:
         stated, model_form, guide_form = config["settings"], config["model"], config["guide"]
         dbn = DeepBeliefNet.from_config(model_form["dbn"])
         clutter = ClutterModel.blank(dbn.core.dimension) if model_form["clutter"] else None
-        # Runs of before there were these have no such entries.
-        directions = model_form.get("identity")
+        directions = model_form["identity"]
         model = AttentionModel(
             dbn,
             clutter,
@@ -115,7 +114,7 @@ def load(path: str | os.PathLike) -> Run:
             gaze_prior=model_form["gaze_prior"],
             prior_options=model_form["prior_options"],
             identity=None if directions is None else IdentityModel.blank(directions),
-            edges=EdgeOdds.blank() if model_form.get("edges") else None,
+            edges=EdgeOdds.blank() if model_form["edges"] else None,
         )
         # Its first weights are thrown away, and nobody's random numbers with them.
         with torch.random.fork_rng(devices=[]):

@@ -1,11 +1,14 @@
-"""Scores of a run against scenes with known gazes."""
+"""Scores of a run against scenes with known gazes.
+
+Convention (the whole module): gazes ``(scene, 4)`` in scene pixels, `foveate.model.gaze`.
+"""
 
 import math
 import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,7 +24,9 @@ from foveate.model.attention import AttentionModel
 from foveate.model.errors import InputError
 from foveate.model.patch import density_coordinates, extract
 
-__all__ = ["EvaluationScenes", "crop_bounds", "evaluate", "jittered_starts"]
+__all__ = ["EvaluationScenes", "crop_bounds", "evaluate", "jittered_starts", "versions"]
+
+Start = Literal["scene", "jitter"]
 
 
 @runtime_checkable
@@ -43,7 +48,7 @@ def evaluate(
     run: Run,
     scenes: EvaluationScenes,
     *,
-    start: Literal["scene", "jitter"] = "scene",
+    start: Start = "scene",
     chains: int = 4,
     draws: int = 100,
     warmup: int = 60,
@@ -66,8 +71,10 @@ def evaluate(
         The results (accuracy is the share of scenes with IoU > 0.5; bounds are in nats per crop) and the posterior.
 
     Raises:
-        InputError: for scenes without true gazes.
+        InputError: for scenes without true gazes, or another `start`.
     """
+    if start not in get_args(Start):
+        raise InputError(f"start {start!r}: there are {' and '.join(get_args(Start))}")
     truth = scenes.gazes
     if truth is None or bool(truth.isnan().any()):
         raise InputError("scoring needs a true gaze for every scene: give scenes with landmarks.csv or gazes.csv")
@@ -100,8 +107,7 @@ def evaluate(
         "presence_mean": float(posterior.presence.mean()),
         "start": start,
         "seed": seed,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("foveate", "torch", "pyro-ppl", "numpy", "arviz")},
+        "versions": versions(),
     }
     return results, posterior
 
@@ -142,3 +148,9 @@ def jittered_starts(truth: Float[Tensor, "scene 4"], seed: int) -> Float[Tensor,
         offset, torch.exp((2 * uniform[:, 2] - 1) * math.log(2)), (2 * uniform[:, 3] - 1) * math.pi / 6
     )
     return gazes.compose(truth.double(), local)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    names = ("foveate", "torch", "pyro-ppl", "numpy", "arviz")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

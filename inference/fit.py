@@ -1,4 +1,7 @@
-"""The bootstrap: train prior, clutter model and guide on scenes with known gazes, calibrate on scenes held out."""
+"""The bootstrap: train prior, clutter model and guide on scenes with known gazes, calibrate on scenes held out.
+
+Convention (the whole module): gazes in scene pixels, `foveate.model.gaze`.
+"""
 
 import itertools
 import math
@@ -16,7 +19,7 @@ from foveate.inference.checkpoint import Run
 from foveate.inference.guide import GazeGuide, change_chart
 from foveate.inference.guide_training import GuideData, random_gazes, train_glance, train_looks
 from foveate.inference.noise import made_on_cpu
-from foveate.inference.prior_training import FEWEST_PICTURES, augmented_coordinates, train_dbn
+from foveate.inference.prior_training import FEWEST_PICTURES, Monitor, augmented_coordinates, train_dbn
 from foveate.inference.resume import Checkpoint, digest
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
@@ -42,7 +45,8 @@ __all__ = [
 # Stage, steps done, steps in all, and a figure to watch (the loss, or the bound in nats).
 Progress = Callable[[str, int, int, float], None]
 
-FEWEST = 12
+# Of fewer, too few are left beside the four that are held out at least.
+FEWEST = 14
 # Versions of each crop that the prior is trained on: the exact one and jittered ones.
 VERSIONS = 6
 # Shares of the training scenes held out to calibrate on, and at most so many.
@@ -96,6 +100,7 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    watch: Callable[[Monitor], None] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> Run:
@@ -113,6 +118,7 @@ def fit(
         seed: of every random number used.
         device: where the guide is trained.
         progress: called after every step with stage, step, steps and the figure to watch.
+        watch: called with everything that a check of the prior's training saw, before `progress` is.
         checkpoint: a folder where the guide's training is kept every 100 steps, to be removed when the run is saved.
             (The prior takes a minute or two and is begun anew.)
         resume: go on from what is at `checkpoint`, if anything is, to the same result as without an interruption, on as
@@ -122,7 +128,7 @@ def fit(
         The run: model, guide and the configuration that made them.
 
     Raises:
-        InputError: for scenes without gazes, or fewer than 12, or fewer than 10 beside those held out; for a
+        InputError: for scenes without gazes, or fewer than 14, or fewer than 10 beside those held out; for a
             checkpoint of other scenes or settings, or one that is not to be resumed.
     """
     truth = scenes.gazes
@@ -130,7 +136,6 @@ def fit(
         raise InputError("training needs a true gaze for every scene: give scenes with landmarks.csv or gazes.csv")
     if len(scenes) < FEWEST:
         raise InputError(f"{len(scenes)} scenes to train on: at least {FEWEST} are needed")
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     held = held_out(len(scenes), scenes.people, generator)
     train = (~held).nonzero().flatten()
@@ -146,7 +151,10 @@ def fit(
     background = coarse_pyramid(clutter, range(len(clutter))) if clutter is not None else None
     person = person_numbers(scenes.people)
 
-    guide = GazeGuide(width).to(device)
+    # The first weights are of this seed, and nobody else's random numbers are touched.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        guide = GazeGuide(width).to(device)
     data = GuideData(
         pyramid[train], truth[train], crops[train, 0], background, None if person is None else person[train]
     )
@@ -161,13 +169,18 @@ def fit(
     train_looks(guide, data, steps=look_steps, progress=lambda i, n, loss: report("look", i, n, loss), **budget)
     guide.to("cpu")
 
+    def checked(share: float, monitor: Monitor) -> None:
+        if watch is not None:
+            watch(monitor)
+        report("prior", int(1000 * share), 1000, monitor.bound)
+
     dbn = train_dbn(
         crops[train],
         people=None if person is None else person[train],
         validation=crops[held, 0],
         steps=dbn_steps,
         seed=seed,
-        progress=lambda share, monitor: report("prior", int(1000 * share), 1000, monitor.bound),
+        progress=checked,
     )
     model = AttentionModel(dbn, noise=noise, prior_options=gaze_prior_options(pyramid, truth))
     if person is not None:

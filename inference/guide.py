@@ -1,4 +1,8 @@
-"""The guide: from a window around a gaze and a canonical image to where the object lies (Tang et al. 2014, sec. 4)."""
+"""The guide: from a window around a gaze and a canonical image to where the object lies (Tang et al. 2014, sec. 4).
+
+Convention (the whole module): gazes in scene pixels, `foveate.model.gaze`; changes of them in the chart of
+`change_chart`.
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""Training of the guide on scenes with known gazes: dense glances, on-policy looks, changes of light and background."""
+"""Training of the guide on scenes with known gazes: dense glances, on-policy looks, changes of light and background.
+
+Convention (the whole module): gazes in scene pixels, `foveate.model.gaze`.
+"""
 
 import math
 from collections.abc import Callable
@@ -22,6 +25,7 @@ __all__ = ["GuideData", "train_glance", "train_looks"]
 VIEW = 64
 # Scenes, and pictures of clutter, whose proposals teach presence at most, and proposals of each.
 WATCHED, PROPOSED = 200, 6
+NLL_WEIGHT = 0.1  # of the negative log-likelihood of a change, beside the Huber loss of its mean
 # Up to so many scenes every window is changed into what they might have shown. On scenes of the train splits that
 # nothing was trained on, that helped where eighty scenes were learned from and harmed where seven hundred were.
 FEW = 150
@@ -131,7 +135,6 @@ def train_looks(
     steps: int,
     batch: int = 96,
     rate: float = 2e-3,
-    nll_weight: float = 0.1,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -144,7 +147,7 @@ def train_looks(
     perturbations of the truth; a third more windows teach presence: on clutter and off the object, half of them where
     the glance would look in vain and where the looks lead from there. v is the mean canonical image, the object's own
     crop, or another picture of the same person (of anybody, where persons are unknown).
-    Loss: Huber on the mean, plus `nll_weight` × negative log-likelihood, plus cross-entropy of presence.
+    Loss: Huber on the mean, plus `NLL_WEIGHT` × negative log-likelihood, plus cross-entropy of presence.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     device = next(guide.parameters()).device
@@ -185,7 +188,7 @@ def train_looks(
         window = torch.cat([window, missed[:off], vain]).float()
         shown = torch.cat([shown, shown[: off + len(rows)]])
         change = guide(relit(window, generator).to(device), relit(shown, generator).to(device))
-        loss = _look_loss(change, target.to(device), batch, nll_weight)
+        loss = _look_loss(change, target.to(device), batch)
         losses.append(_descend(loss, modules, optimiser, schedule, step))
         with torch.no_grad():
             # The windows above may have been mirrored or moved to clutter: the next on-policy gazes are read off the
@@ -256,7 +259,7 @@ class _Distractors:
         self.now[rows] = torch.where(again[:, None], self.gaze[rows], moved.double())
 
 
-def _look_loss(change: GazeChange, target: Tensor, objects: int, nll_weight: float) -> Tensor:
+def _look_loss(change: GazeChange, target: Tensor, objects: int) -> Tensor:
     mean, log_sd = change.mean[:objects], change.log_sd[:objects]
     # In reach: the object's centre inside the window and its scale within a factor 2.5. Beyond, there is nothing to
     # be learned.
@@ -268,7 +271,7 @@ def _look_loss(change: GazeChange, target: Tensor, objects: int, nll_weight: flo
     weight = reach.sum().clamp(min=1.0)
     present = torch.cat([reach, reach.new_zeros(change.presence.shape[0] - objects)])
     presence = functional.binary_cross_entropy_with_logits(change.presence, present)
-    return ((huber + nll_weight * nll) * reach).sum() / weight + 0.3 * presence
+    return ((huber + NLL_WEIGHT * nll) * reach).sum() / weight + 0.3 * presence
 
 
 def _optimiser(module: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:

@@ -337,7 +337,7 @@ def _attended(
         seed=seed,
         streams=streams,
         adaptation=adaptation,
-        **TRAJECTORIES,
+        **TRAJECTORIES["batched"],
     )
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))

@@ -188,7 +188,11 @@ class Posterior:
         return arviz.InferenceData.from_datatree(self.to_datatree())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `to_datatree` to a netCDF file, whole or not at all; ``arviz.from_netcdf`` reads it, and `load`."""
+        """Write `to_datatree` to a netCDF file, whole or not at all; ``arviz.from_netcdf`` reads it, and `load`.
+
+        Raises:
+            InputError: `path` is a folder.
+        """
         tree = self.to_datatree()
         with atomic_file(path) as partial:
             tree.to_netcdf(partial, engine="h5netcdf")

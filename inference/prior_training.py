@@ -12,7 +12,7 @@ validation crops is taken, with its log Z, and the best net seen is the one retu
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -76,6 +76,9 @@ SCALE_SD = 1.0
 WEIGHT_DECAY = 1e-3  # of the diagonal layer, by contrastive divergence
 WEIGHT_SD = 0.3  # of the same, by ascent of the bound
 SIGMA_FLOOR = 0.2  # of the paper's diagonal layer; below it the hidden units no longer mix
+
+
+Form = Literal["gated", "diagonal"]
 
 
 class Monitor(NamedTuple):
@@ -174,7 +177,7 @@ def train_dbn(
     *,
     people: Int[Tensor, "picture"] | None = None,
     validation: Float[Tensor, "held 24 24"] | None = None,
-    form: Literal["gated", "diagonal"] = "gated",
+    form: Form = "gated",
     shape_units: int = 32,
     contrast_units: int = 48,
     diagonal_units: int = 1024,
@@ -208,8 +211,10 @@ def train_dbn(
         state before the first step, an elliptical density with local scales.
 
     Raises:
-        InputError: for fewer than 10 pictures or for crops that are not finite.
+        InputError: for fewer than 10 pictures, for crops that are not finite, or for another `form`.
     """
+    if form not in get_args(Form):
+        raise InputError(f"form {form!r}: there are {' and '.join(get_args(Form))}")
     if len(crops) < FEWEST_PICTURES:
         raise InputError(f"{len(crops)} crops to train the prior on: give at least {FEWEST_PICTURES}")
     if not bool(torch.isfinite(crops).all()):

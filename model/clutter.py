@@ -18,7 +18,11 @@ class NoisyDensity(EllipticalDensity):
 
     @classmethod
     def through(cls, core: EllipticalDensity, noise: float | Tensor) -> "NoisyDensity":
-        """`core` seen through noise of standard deviation `noise` (normalised intensities)."""
+        """`core` seen through noise of standard deviation `noise` (normalised intensities).
+
+        Raises:
+            InputError: the noise is negative.
+        """
         if noise < 0:
             raise InputError(f"noise {noise}: a standard deviation is at least 0")
         return cls.from_axes(core.mean, core.axes, core.variances + noise**2, core.nu)

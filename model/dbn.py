@@ -45,6 +45,9 @@ def contrast_groups(side: int = SIDE, block: int = 2) -> Tensor:
     """Group of each of the ``side² - 1`` residuals: square blocks of ``block × block`` pixels, row by row.
 
     Residual k, like density coordinate k, stands at pixel k + 1: the patch has no residual of its first pixel.
+
+    Raises:
+        InputError: blocks that do not tile the patch.
     """
     if side % block:
         raise InputError(f"blocks of {block} pixels do not tile a patch of {side}: take a divisor")
@@ -242,6 +245,9 @@ class GatedLayer(_Layer):
         contrast_units: number of units that gate scales.
         directions: number of principal directions that the shape units act in.
         groups: for each of the ``dimension`` residuals the group it belongs to, 0-based, every group non-empty.
+
+    Raises:
+        InputError: no unit of either kind, no direction, or a group without residuals.
     """
 
     bias: Tensor
@@ -574,13 +580,6 @@ class DeepBeliefNet(nn.Module):
         """``log p(y, h1)`` with h2 summed out."""
         return self.layer.log_prob(y, h) - self.top.free_energy(h) - self.log_z.to(y.dtype)
 
-    def surrogate_log_prob(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:
-        """Log-density of the elliptical core, a closed form: one Student-t with the net's own regularised covariance.
-
-        It is *another* density than the net's, cheaper and smoother, to be named where it stands in for it.
-        """
-        return self.core.log_prob(y)
-
     @torch.no_grad()
     def gibbs_hidden(
         self,
@@ -595,6 +594,9 @@ class DeepBeliefNet(nn.Module):
         ``"exact"`` draws h2 given h1 and then sweeps h1 unit by unit from its exact conditional: it leaves
         ``p(h1, h2 | y)`` invariant. ``"recognition"`` draws h1 from the recognition posterior as the paper does (sec.
         3.1): fast, independent of the current h1, and biased by as much as that posterior is wrong.
+
+        Raises:
+            InputError: another `update`.
         """
         if update not in ("exact", "recognition"):
             raise InputError(f"update={update!r}: 'exact' or 'recognition'")

@@ -304,8 +304,11 @@ def extract(
         pictures: a list of ``(height, width)`` tensors in [0, 1] of any sizes, a ``(scene, height, width)`` tensor,
             or a `Pyramid`. One ``(height, width)`` picture takes gazes ``(..., 4)`` with no scene dimension.
         gaze: canonical to scene, ``(scene, ..., 4)``.
-        size: lattice points along a side.
+        size: lattice points along a side, or along rows and columns.
         extent: width of the lattice in canonical patches (1: the patch, 3: the guide's window).
+
+    Raises:
+        InputError: for pictures that are none, or gazes of another shape or number than the pictures.
 
     Convention: as `foveate.model.patch`; of pictures, full-resolution levels, so that the value is the definition's (to
     1e-5 in float32); of a `Pyramid`, the levels it has. Differentiable in `gaze`. Device and dtype follow the pictures.

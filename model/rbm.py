@@ -160,6 +160,9 @@ class BernoulliRBM(_RBM):
         visible: number of visible units.
         hidden: number of hidden units.
         dtype: of the parameters, which start at zero (see `randomise`).
+
+    Raises:
+        InputError: without a unit of either side.
     """
 
     def energy(
@@ -211,6 +214,9 @@ class GaussianRBM(_RBM):
         visible: number of visible units.
         hidden: number of hidden units.
         dtype: of the parameters; they start at zero weights and biases and σ = 1.
+
+    Raises:
+        InputError: without a unit of either side.
     """
 
     log_sigma: nn.Parameter

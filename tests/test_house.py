@@ -21,7 +21,7 @@ MAY_IMPORT = {
 
 PUBLIC = {
     "foveate.model": ["AttentionModel", "BernoulliRBM", "DeepBeliefNet", "GaussianRBM", "extract", "gaze"],
-    "foveate.inference": ["BatchedHMC", "GazeGuide", "Posterior", "attend", "load", "save"],
+    "foveate.inference": ["BatchedHMC", "GazeGuide", "Posterior", "attend", "learn", "load", "save"],
     "foveate.data": ["Scenes", "caltech_faces", "orl_scenes", "webfaces"],
 }
 
@@ -61,7 +61,7 @@ def _plain(requirement: str) -> str:
 def _written() -> list[Path]:
     """Every text that the project ships, as the folders hold it (a checkout need not be a git repository)."""
     kinds = {".py", ".md", ".csv", ".toml", ".cff", ".txt", ".html", ".css", ""}
-    rooms = (ROOT / room for room in [*MAY_IMPORT, "tests", "docs", "benchmarks", ".ci"])
+    rooms = (ROOT / room for room in [*MAY_IMPORT, "tests", "docs", ".ci"])
     files = [path for room in rooms for path in room.rglob("*")] + list(ROOT.glob("*"))
     made = {"_build", "jupyter_execute", "__pycache__"}
     return sorted(p for p in files if p.is_file() and p.suffix in kinds and not made & set(p.parts))

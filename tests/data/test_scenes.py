@@ -1,8 +1,10 @@
 """Scenes: indexing, folders with label files, SPECs, and every kind of bad input."""
 
 import csv
+import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +100,12 @@ def test_gazes_csv_is_read_as_it_is_and_unknown_columns_are_ignored(folder: Path
     scenes = Scenes.from_folder(folder)
     assert scenes.gazes is not None and scenes.gazes.tolist() == [[1.5, -0.2, 40, 30], [1.2, 0, 50, 35]]
     assert scenes.people is None and scenes.splits is None
+
+
+def test_labels_are_wanted_in_three_ways_and_no_other(folder: Path) -> None:
+    labels: Any = "some"
+    with pytest.raises(InputError, match="labels 'some': there are required, optional, hidden"):
+        inspect.unwrap(Scenes.from_folder.__func__)(Scenes, folder, labels=labels)
 
 
 def test_splits_come_from_their_column(folder: Path) -> None:

@@ -423,6 +423,11 @@ def test_train_attend_evaluate_and_sample_after_one_another(tmp_path: Path, caps
     }  # fmt: skip
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert {entry["stage"] for entry in log} >= {"glance", "look", "prior"}
+    checks = [entry for entry in log if entry["stage"] == "prior"]
+    assert {entry["part"] for entry in checks} == {"layer", "top"}
+    for entry in checks:
+        assert entry["figure"] == entry["bound"] and entry["effective_filters"] > 0
+        assert {"free_energy_gap", "activation", "train_bound", "log_z_error", "step"} <= set(entry)
 
     sampling = ["--chains", "2", "--draws", "6", "--warmup", "4"]
     pictures = [str(unseen / f"orl_test_0000{i}.png") for i in (0, 1)]

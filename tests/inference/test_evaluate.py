@@ -1,6 +1,7 @@
 """Scores against known gazes: the keys of the design, what they mean, and starts that do not leave the protocol."""
 
 import importlib
+import inspect
 import math
 from typing import Any
 
@@ -179,6 +180,12 @@ def test_scenes_without_true_gazes_are_refused(run: Run, scenes: Scenes) -> None
     partly[1] = math.nan
     with pytest.raises(InputError, match="scoring needs a true gaze"):
         evaluate(run, Scenes.from_pictures(scenes.pictures(), gazes=partly))
+
+
+def test_an_unknown_start_is_refused(run: Run, scenes: Scenes) -> None:
+    start: Any = "truth"
+    with pytest.raises(InputError, match="start 'truth': there are scene and jitter"):
+        inspect.unwrap(evaluate)(run, scenes, start=start)
 
 
 def test_starts_are_drawn_the_same_whatever_the_default_device() -> None:

@@ -372,7 +372,9 @@ def test_fitting_returns_a_run_that_attends_the_same_from_disk(tmp_path: Path, m
     monkeypatch.setattr(fitting, "train_dbn", quick_net)
     scenes = soft_scenes(14, [f"person {i // 2}" for i in range(14)])
     seen: list[str] = []
+    before = torch.get_rng_state()
     run = fit(scenes, progress=lambda stage, done, total, figure: seen.append(stage), **STEPS)
+    assert torch.equal(torch.get_rng_state(), before)
     assert list(dict.fromkeys(seen)) == ["reading", "glance", "look", "calibrating"]
     assert (seen.count("reading"), seen.count("glance"), seen.count("look")) == (14, 3, 2)
     assert run.config["scenes"] == 14 and run.config["held_out"] == 4 and run.config["clutter_pictures"] == 0
@@ -405,17 +407,19 @@ def test_the_gaze_prior_is_that_of_the_training_gazes_made_wider() -> None:
 
 
 def test_scenes_without_gazes_or_too_few_are_refused() -> None:
-    scenes = soft_scenes(12)
+    scenes = soft_scenes(14)
     with pytest.raises(InputError, match="training needs a true gaze for every scene"):
         fit(Scenes.from_pictures(scenes.pictures()), **STEPS)
-    with pytest.raises(InputError, match="11 scenes to train on: at least 12"):
-        fit(scenes.subset(range(11)), **STEPS)
+    with pytest.raises(InputError, match="13 scenes to train on: at least 14"):
+        fit(scenes.subset(range(13)), **STEPS)
 
 
 def test_too_few_scenes_beside_those_held_out_are_refused_before_the_guide_is_trained() -> None:
     stages: list[str] = []
-    with pytest.raises(InputError, match="13 scenes, of which 4 are held out: the prior learns from 10 or more"):
-        fit(soft_scenes(13), **STEPS, progress=lambda stage, done, total, figure: stages.append(stage))
+    # Whole people are held out: two of three scenes each.
+    scenes = soft_scenes(15, [f"person {i // 3}" for i in range(15)])
+    with pytest.raises(InputError, match="15 scenes, of which 6 are held out: the prior learns from 10 or more"):
+        fit(scenes, **STEPS, progress=lambda stage, done, total, figure: stages.append(stage))
     assert stages == []
 
 

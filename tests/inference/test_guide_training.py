@@ -240,7 +240,7 @@ def test_presence_is_taught_where_the_object_is() -> None:
 
     def loss(logit: Tensor) -> float:
         change = GazeChange(torch.zeros(6, 4), torch.zeros(6, 4), logit, logit)
-        return float(training._look_loss(change, torch.zeros(4, 4), 4, 0.1))
+        return float(training._look_loss(change, torch.zeros(4, 4), 4))
 
     right = torch.tensor([9.0] * 4 + [-9.0] * 2)
     assert loss(right) < 0.01 < loss(-right)
@@ -251,7 +251,7 @@ def test_sds_are_taught_as_those_of_a_normal_law() -> None:
     log_sd = torch.full((8, 4), 0.3, requires_grad=True)
     target = torch.full((8, 4), 0.5)
     change = GazeChange(target - math.exp(0.3), log_sd, torch.zeros(8), torch.zeros(8))
-    training._look_loss(change, target, 8, 0.1).backward()
+    training._look_loss(change, target, 8).backward()
     assert log_sd.grad is not None
     torch.testing.assert_close(log_sd.grad, torch.zeros(8, 4), rtol=0, atol=1e-6)  # float32
 

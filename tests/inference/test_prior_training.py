@@ -1,5 +1,6 @@
 """Training of the prior: what it estimates, what it watches and what it returns when things go wrong."""
 
+import inspect
 import math
 from typing import Any
 
@@ -189,6 +190,9 @@ def test_crops_that_cannot_be_learned_from_are_refused() -> None:
     crops[3, 0, 2, 2] = math.nan
     with pytest.raises(InputError, match="not finite"):
         train_dbn(crops)
+    form: Any = "paper"
+    with pytest.raises(InputError, match="form 'paper': there are gated and diagonal"):
+        inspect.unwrap(train_dbn)(crops, form=form)
 
 
 class Silent(prior_training._Watch):

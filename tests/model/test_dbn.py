@@ -230,11 +230,11 @@ def test_samples_given_hidden_units_have_the_layers_mean(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bound_and_surrogate_are_differentiable_in_the_image(kind: str) -> None:
+def test_bound_and_core_are_differentiable_in_the_image(kind: str) -> None:
     net = small_net(kind)
     y = torch.randn(3, DIMENSION, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net.log_prob_bound, y)
-    assert torch.autograd.gradcheck(net.surrogate_log_prob, y)
+    assert torch.autograd.gradcheck(net.core.log_prob, y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +244,7 @@ def test_a_net_is_restored_from_its_config_and_state(kind: str) -> None:
     restored.load_state_dict(net.state_dict())
     y = torch.randn(4, DIMENSION, dtype=torch.float64)
     torch.testing.assert_close(restored.log_prob_bound(y), net.log_prob_bound(y), rtol=0, atol=0)
-    torch.testing.assert_close(restored.surrogate_log_prob(y), net.surrogate_log_prob(y), rtol=0, atol=0)
+    torch.testing.assert_close(restored.core.log_prob(y), net.core.log_prob(y), rtol=0, atol=0)
     assert all(isinstance(value, nn.Parameter | torch.Tensor) for value in net.state_dict().values())
 
 
