@@ -90,6 +90,36 @@ def test_train_and_test_share_no_person_and_no_photograph() -> None:
     assert not shown & {id(p) for p in photographs("test").values()}
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_whatever_is_composed_of_a_split_stands_before_the_photographs_of_that_split_alone(split: str) -> None:
+    own = {id(photograph) for photograph in photographs(split).values()}
+    for scenes in (orl_scenes(split, 2), orl_clutter(split, 2), two_face_scenes(2, split).scenes):
+        for i in range(2):
+            shown = {id(photograph) for photograph in scenes.source(i).backgrounds}  # type: ignore[attr-defined]
+            assert shown == own
+
+
+def test_widths_of_faces_are_log_uniform_and_turns_go_both_ways() -> None:
+    scenes = orl_scenes("train", 400)
+    parts = gaze.parts(scenes.gazes)
+    octaves = (24 * parts.scale / scenes.sizes.amin(-1)).log2()
+    low, high = math.log2(0.12), math.log2(0.45)
+    # 4 standard errors of the mean of 400 uniform variables, whose sd is the width of their range / √12.
+    assert abs(float(octaves.mean()) - (low + high) / 2) < 4 * (high - low) / (12 * 400) ** 0.5
+    assert abs(float(parts.rotation.mean())) < 4 * math.radians(50) / (12 * 400) ** 0.5
+
+
+def test_two_people_have_the_widths_and_turns_that_are_stated() -> None:
+    both = two_face_scenes(60, "test", seed=0)
+    parts = gaze.parts(both.gazes)
+    share = 24 * parts.scale / both.scenes.sizes[:, None, 0]
+    # 0.24 to 0.42 of the height, and a tenth more or less by person.
+    assert 0.24 * 0.9 <= float(share.min()) and float(share.max()) <= 0.42 * 1.1
+    assert float((share[:, 0] / share[:, 1]).log().abs().max()) <= math.log(1.1 / 0.9)
+    # Of 120 uniform draws one comes within 10 % of the end: the chance that none does is below 1e-5.
+    assert math.radians(13.5) < float(parts.rotation.abs().max()) <= math.radians(15)
+
+
 def test_a_scene_is_the_same_however_many_are_asked_for() -> None:
     few, many, other = orl_scenes("train", 3, seed=1), orl_scenes("train", 9, seed=1), orl_scenes("train", 3, seed=2)
     assert few.gazes is not None and many.gazes is not None and other.gazes is not None
@@ -98,6 +128,8 @@ def test_a_scene_is_the_same_however_many_are_asked_for() -> None:
     assert not torch.equal(few.gazes, other.gazes)
     assert not torch.equal(orl_scenes("test", 1)[0].picture, orl_clutter("test", 1)[0].picture)
     assert torch.equal(orl_clutter("test", 1)[0].picture, orl_clutter("test", 2)[0].picture)
+    # Clutter of a stream that composes scenes, too, would stand before the very backgrounds of those.
+    assert len(set(compose_module.STREAMS.values())) == len(compose_module.STREAMS)
 
 
 def test_clutter_has_no_gaze_and_nobody_in_it() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from foveate.data import Scenes
+from foveate.experiments import density
 from foveate.experiments.cli import main
-from foveate.experiments.density import recovered, table_rows
-from foveate.inference.checkpoint import Run, save
+from foveate.experiments.density import Density, recovered, table_rows
+from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.guide import GazeGuide
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 
@@ -53,6 +56,51 @@ def test_the_table_has_a_column_for_each_set_of_scenes_and_ends_with_the_shares(
     assert rows["share of the labels' gain in nats"] == ["72 %", "labels gain nothing"]
     without = table_rows({name: SCORES[name] for name in ("before", "after")})
     assert len(without) == 10
+
+
+def test_every_figure_of_the_table_stands_in_the_row_that_names_it() -> None:
+    scores = {name: {"b": SCORES[name]["b"]} for name in SCORES}
+    rows = [row for row in table_rows(scores) if row[0].startswith(("with labels", "share"))]
+    assert rows == [
+        ["with labels: bound, nats", "95.0 ± 2.0"],
+        ["with labels: one Gaussian on the same crops, nats", "7.0"],
+        ["with labels: log Z, nats", "50.00 ± 0.01"],
+        ["with labels: accuracy (IoU > 0.5)", "1.000"],
+        ["with labels: mean IoU", "0.900"],
+        ["share of the labels' gain in nats", "labels gain nothing"],
+        ["share of the labels' gain in accuracy", "0 %"],
+        ["share of the labels' gain in mean IoU", "-100 %"],
+    ]
+
+
+def test_each_run_is_scored_under_its_own_name(
+    tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are told apart by their log Z; of what labels gain, 70 nats, learning without them gains 7."""
+    run = load(blank_run)
+    for name, log_z in (("old", 100.0), ("new", 107.0), ("labelled", 170.0)):
+        run.model.dbn.set_log_z(log_z, 0.0)
+        save(run, tmp_path / name)
+
+    def told(run: Run, scenes: Scenes, **how_much: Any) -> tuple[dict[str, Any], None]:
+        log_z = float(run.model.dbn.log_z)
+        figures = {**_score(log_z, log_z / 200, 0.5), "scenes": len(scenes), "bound_student_t": 0.0, "log_z": log_z}
+        return figures, None
+
+    monkeypatch.setattr(density, "evaluate", told)
+    scenes = Scenes.from_pictures([torch.rand(40, 40)], gazes=torch.tensor([[1.0, 0.0, 20.0, 20.0]]))
+    monkeypatch.setattr(density.Scenes, "from_spec", classmethod(lambda cls, spec, **_: scenes))
+    places = {"before": tmp_path / "old", "after": tmp_path / "new", "labelled": tmp_path / "labelled"}
+    Density(**places, data=("orl@test",), out=tmp_path / "out", samples=1).run()
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    found = {name: scores["orl@test"]["log_z"] for name, scores in results["scores"].items()}
+    assert found == {"before": 100.0, "after": 107.0, "with labels": 170.0}
+    assert results["runs"] == dict(zip(found, map(str, places.values()), strict=True))
+    # log Z is held in float32 or better, the shares in float64.
+    expected = {"bound_nats": 0.1, "accuracy": 0.1, "mean_iou": None}
+    assert results["recovered"]["orl@test"] == {
+        name: None if share is None else pytest.approx(share, abs=1e-6) for name, share in expected.items()
+    }
 
 
 def test_the_command_writes_scores_table_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

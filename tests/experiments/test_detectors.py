@@ -109,6 +109,27 @@ def test_the_square_that_belongs_to_a_box_is_learned_from_the_boxes_that_meet_th
     torch.testing.assert_close(found.gaze, truth[0], rtol=0, atol=1e-5)
 
 
+def test_the_square_of_a_box_is_a_median_of_boxes_whose_centre_lies_on_the_face(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Offsets to the right, in pixels of boxes 24 wide: 0, 1 and 7; one of 14 is off the square, which is 24 wide."""
+    offsets = (0.0, 1.0, 7.0, 14.0)
+    truth = torch.tensor([1.0, 0.0, 60.0, 50.0]).double().expand(4, 4)
+    scenes = Scenes.from_pictures([torch.full((100, 120), k / 10) for k in range(4)], gazes=truth)
+    monkeypatch.setattr(
+        detectors, "haar_box", lambda picture: (60.0 - offsets[round(float(picture[0, 0]) * 10)], 50.0, 24.0)
+    )
+    fitted = HaarDetector.fit(scenes)
+    # Offsets are held in float32 until they are divided by the side.
+    assert (fitted.right, fitted.down, fitted.width) == pytest.approx((1 / 24, 0.0, 1.0), abs=1e-6)
+
+
+def test_shrunk_by_two_or_more_the_cascade_looks_at_every_pixel() -> None:
+    # 60 × 70 shrunk by 1.1 again and again, less 24: eight sizes at every second pixel, then 28 × 33 and 25 × 30.
+    apart = 18 * 23 + 16 * 20 + 13 * 17 + 11 * 15 + 9 * 12 + 7 * 10 + 5 * 8 + 4 * 6
+    assert detectors._haar_windows(60, 70) == apart + 4 * 9 + 1 * 6
+
+
 def test_the_grid_of_the_cascade_is_counted() -> None:
     # 26 × 28: at factor 1 two rows and four columns every second pixel; at 1.1 (24 × 25) nothing is left over.
     assert HaarDetector().detect(torch.rand(26, 28)).windows == 1 * 2

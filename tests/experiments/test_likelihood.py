@@ -1,9 +1,14 @@
 """The command `likelihood`: its figures against their definitions, and the whole command on composed scenes."""
 
+import dataclasses
 import functools
 import json
 import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +19,18 @@ from foveate.experiments import likelihood
 from foveate.experiments.figures import EnergyPath, energy_paths_figure
 from foveate.experiments.likelihood import (
     Likelihood,
+    Presence,
     area_under_curve,
     beats_random_gazes,
     energy_path,
+    presence_logits,
     random_gazes,
 )
 from foveate.experiments.scoring import Sampling
 from foveate.inference.ais import exact_log_z
 from foveate.inference.checkpoint import Run, save
 from foveate.inference.guide import GazeGuide
+from foveate.inference.posterior import Posterior
 from foveate.inference.potential import GazePotential, OddsScore
 from foveate.inference.prior_training import train_dbn
 from foveate.model import AttentionModel, BernoulliRBM, ClutterModel, DeepBeliefNet, InputError
@@ -105,6 +113,55 @@ def test_the_true_gaze_beats_random_ones_where_the_model_knows_the_object(run: R
     assert not bool(wins["odds"].any()) and not bool(wins["odds_elsewhere"].any())
 
 
+def test_baselines_stand_in_the_objects_place_against_the_same_clutter_through_the_same_noise(
+    run: Run, scenes: Scenes
+) -> None:
+    """A baseline that is the clutter's own density has odds of 0 everywhere, whatever the noise: it beats nothing.
+
+    By itself, or through less noise, it would have the first scene's own crop, its mean, above all.
+    """
+    core = run.model.dbn.core
+    level = AttentionModel(run.model.dbn, ClutterModel(core), noise=0.05, temperature=20.0)
+    level.baselines["gaussian"] = level.baselines["student_t"] = core
+    wins = beats_random_gazes(level, scenes[:1], count=40)
+    assert not bool(wins["gaussian"].any()) and not bool(wins["student_t"].any())
+
+
+def test_only_gazes_elsewhere_count_where_no_other_are_asked_for(
+    run: Run, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scenes.gazes is not None
+    best = scenes.gazes[:1]
+    # The density's own crop, a tenth of a patch off the label: an IoU of 21.6 / 26.4.
+    beside = gazes.compose(best, torch.tensor([1.0, 0.0, 2.4, 0.0]).double())
+    monkeypatch.setattr(likelihood, "random_gazes", lambda *_: best)
+    wins = beats_random_gazes(run.model, scenes[:1].with_gazes(beside), count=1)
+    assert (bool(wins["odds"]), bool(wins["odds_elsewhere"])) == (False, True)
+
+
+def test_the_diagonal_nets_bound_is_quoted_with_the_refined_posterior_like_the_priors_own(
+    run: Run, scenes: Scenes
+) -> None:
+    truth = scenes.gazes
+    assert truth is not None
+    core = run.model.dbn.core
+    diagonal = DeepBeliefNet(DiagonalLayer(6), BernoulliRBM(6, 3), core)
+    with torch.no_grad():
+        diagonal.layer.weight.normal_(std=0.15)
+        diagonal.top.weight.normal_()
+    diagonal.set_log_z(1.0, 0.125)
+    figures = likelihood._bounds(run.model, scenes, truth, diagonal)
+    y = density_coordinates(torch.stack([extract(s.picture, g).float() for s, g in zip(scenes, truth, strict=True)]))
+    with torch.no_grad():
+        quick, refined = diagonal.log_prob_bound(y).mean(), diagonal.log_prob_bound(y, diagonal.refine_hidden(y)).mean()
+        recognised = run.model.dbn.log_prob_bound(y).mean()
+    assert float(refined) > float(quick) + 0.1
+    # Float32 sums of 575 terms.
+    assert figures["bound_diagonal"] == pytest.approx(float(refined), rel=1e-5)
+    assert figures["bound_recognition"] == pytest.approx(float(recognised), rel=1e-5)
+    assert figures["bound_diagonal_log_z_se"] == 0.125
+
+
 def test_the_energy_on_the_way_is_the_potential_that_sampling_climbs(run: Run, scenes: Scenes) -> None:
     truth = scenes.gazes
     assert truth is not None
@@ -116,6 +173,143 @@ def test_the_energy_on_the_way_is_the_potential_that_sampling_climbs(run: Run, s
     potential = GazePotential(pyramid, chart, score, run.model.prior(pyramid.size.double()))
     z = likelihood.PATH[:, None] * chart.to_chart(truth[1][None, None])[0]
     torch.testing.assert_close(energy, potential(z[None])[0][0].double(), rtol=1e-4, atol=0.02)  # float32 patches
+
+
+UPRIGHT = torch.tensor([[1.5, 0.0, 40.0, 40.0], [1.0, 0.0, 50.0, 30.0], [2.0, 0.0, 60.0, 50.0]]).double()
+
+
+def test_what_sampling_adds_is_the_posterior_means_iou_less_that_of_the_guides_last_look(
+    run: Run, posterior_of: Callable[..., Posterior], with_iou: Callable[..., torch.Tensor]
+) -> None:
+    before, after = (0.5, 0.6, 0.9), (0.75, 0.6, 0.8)
+    guided, reported = with_iou(UPRIGHT, *before), with_iou(UPRIGHT, *after)
+    path = torch.stack([with_iou(UPRIGHT, 0.1, 0.1, 0.1), with_iou(UPRIGHT, 0.3, 0.3, 0.3), guided, reported], 1)
+    told = likelihood._added(posterior_of(reported, path=path), UPRIGHT, reported, run, "whole scene")
+    gain = [there - here for here, there in zip(before, after, strict=True)]
+    assert told["iou_guide"] == pytest.approx(2.0 / 3)
+    assert told["iou_posterior_mean"] == pytest.approx(2.15 / 3)
+    assert told["gain"] == pytest.approx(0.15 / 3)
+    assert told["gain_se"] == pytest.approx(statistics.stdev(gain) / math.sqrt(3))
+    # Re-expressed as the very gazes that are reported, the labels leave the guide behind.
+    assert told["iou_posterior_mean_re_expressed"] == pytest.approx(1.0)
+    assert told["iou_guide_re_expressed"] == pytest.approx(float(gazes.overlap(guided, reported).mean()))
+    assert told["gain_re_expressed"] == pytest.approx(1.0 - told["iou_guide_re_expressed"])
+    assert likelihood._added(posterior_of(reported[:1]), UPRIGHT[:1], None, run, "whole scene")["gain_se"] is None
+
+
+def test_each_way_of_sampling_has_the_settings_that_were_fitted_for_it(run: Run) -> None:
+    fitted = {"with_guide_prior": {"temperature": 7.0, "noise": 0.02}, "without_guide_prior": {"temperature": 11.0}}
+    chosen = dataclasses.replace(run, config={"variants": fitted})
+    by, alone = (likelihood._variant(chosen, with_guide) for with_guide in (True, False))
+    assert (float(by.guide.prior_weight), by.model.temperature, by.model.noise) == (1.0, 7.0, 0.02)
+    assert (float(alone.guide.prior_weight), alone.model.temperature) == (0.0, 11.0)
+    assert alone.model.noise == run.model.noise != 0.02 and run.model.temperature == 20.0
+    assert likelihood._variant(run, True).model.temperature == 20.0
+
+
+def test_a_scene_is_ranked_right_by_its_heaviest_end_point_and_by_an_oracle_by_any_that_counts(
+    run: Run, scenes: Scenes, with_iou: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = with_iou(UPRIGHT, 0.8, 0.8, 0.8), with_iou(UPRIGHT, 0.4, 0.4, 0.4)
+    ends = torch.stack([far, far, far], 1)
+    ends[0, 0], ends[1, 1], ends[2, 2] = near[0], near[1], near[2]
+    weight = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, -math.inf]])
+    found = SimpleNamespace(gaze=ends, log_weight=weight)
+    monkeypatch.setattr(likelihood, "_searched", lambda *_: iter([(range(3), found)]))
+    # The third scene has two end points alone, and both are far off.
+    assert likelihood._ranked(run.model, run.guide, scenes, UPRIGHT) == pytest.approx((1 / 3, 2 / 3))
+
+
+def test_presence_sums_the_weights_of_all_end_points_by_all_evidence_and_by_the_odds_alone(
+    run: Run, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    knowing = GazeGuide(4).eval()
+    knowing.evidence.copy_(torch.tensor([0.5, 2.0, 1.0, -3.0]))
+    weight = torch.log(torch.tensor([[2.0, 1.0], [0.5, 0.25]]))
+
+    def searched(model: Any, guide: GazeGuide, *_: Any) -> Any:
+        # Odds alone: the first feature, integrated log-odds, with a factor of one and nothing beside it.
+        odds = guide.evidence.tolist() == [1.0, 0.0, 0.0, 0.0]
+        return iter([(range(2), SimpleNamespace(log_weight=weight + (10.0 if odds else 0.0)))])
+
+    monkeypatch.setattr(likelihood, "_searched", searched)
+    found = presence_logits(Run(run.model, knowing, {}), scenes[:2])
+    expected = torch.log(torch.tensor([3.0, 0.75]))
+    torch.testing.assert_close(found.evidence, expected)
+    torch.testing.assert_close(found.odds, expected + 10.0)
+    assert knowing.evidence.tolist() == [0.5, 2.0, 1.0, -3.0]
+
+
+def test_a_failure_tells_which_end_the_model_prefers_and_what_lies_between() -> None:
+    energy = torch.full((61,), 12.0).double()
+    for at, value in ((-0.25, 99.0), (0.0, 10.0), (0.5, 17.0), (1.0, 4.0), (1.25, 50.0)):
+        energy[(likelihood.PATH - at).abs().argmin()] = value
+    path = EnergyPath("a.jpg", torch.rand(50, 60), UPRIGHT[0], UPRIGHT[1], likelihood.PATH, energy)
+    assert likelihood._told(path) == {"scene": "a.jpg", "truth_minus_found": -6.0, "barrier": 7.0}
+
+
+def test_the_worst_scenes_are_the_failures(
+    run: Run,
+    scenes: Scenes,
+    posterior_of: Callable[..., Posterior],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(likelihood, "FAILURES", 2)
+    assert scenes.gazes is not None
+    reported = scenes.gazes.clone()
+    for i, away in ((0, 3.0), (1, 0.0), (2, 9.0)):
+        reported[i, 2] += away * gazes.parts(reported[i]).scale
+    found = likelihood._failures(run.model, scenes, posterior_of(reported))
+    assert [path.title.split()[0] for _, path in found] == [scenes.names[2], scenes.names[0]]
+    assert [iou for iou, _ in found] == pytest.approx(gazes.overlap(reported, scenes.gazes)[[2, 0]].tolist())
+
+
+def test_every_figure_stands_in_the_row_that_names_it() -> None:
+    sampled = {"start": "jitter, looks: 1", "guide_prior": True, "gain": 0.0321, "gain_re_expressed": -0.0123}
+    of_spec = {
+        "scenes": 75,
+        "bound_nats": 401.2,
+        "bound_recognition": 399.3,
+        "bound_gaussian": 380.4,
+        "bound_student_t": 390.5,
+        "margin_student_t": 10.2,
+        "bound_diagonal": 350.6,
+        "beats_random": {
+            "odds": 0.97,
+            "odds_elsewhere": 0.98,
+            "odds_re_expressed": 0.96,
+            "gaussian": 0.75,
+            "student_t": 0.85,
+        },
+        "ranking": {"odds": 0.81, "evidence": 0.92, "oracle": 0.99},
+        "presence_auc": 0.9876,
+        "presence_auc_odds": 0.8765,
+        "sampling": [sampled],
+    }
+    rows = likelihood._rows({"log_z_se": 0.25, "data": {"a": of_spec}})
+    assert rows == [
+        ("scenes", "75"),
+        ("bound of the prior, nats per crop", "401.2"),
+        ("2 s.e. of log Z, nats", "0.50"),
+        ("the same by the recognition posterior", "399.3"),
+        ("one Gaussian, nats", "380.4"),
+        ("one Student-t, nats", "390.5"),
+        ("bound − 2 s.e. − Student-t, nats", "+10.2"),
+        ("the paper's diagonal net, bound, nats", "350.6"),
+        ("true gaze beats all random gazes: the model's odds", "97.0%"),
+        ("… among random gazes with IoU < 0.5", "98.0%"),
+        ("… labels re-expressed", "96.0%"),
+        ("… Gaussian odds", "75.0%"),
+        ("… Student-t odds", "85.0%"),
+        ("whole scene: end points ranked by the odds alone", "81.0%"),
+        ("… by all evidence", "92.0%"),
+        ("… by an oracle", "99.0%"),
+        ("HMC mean − guide, mean IoU (jitter, looks: 1; with guide as prior)", "+0.032"),
+        ("… labels re-expressed", "-0.012"),
+        ("presence, AUC against clutter: all evidence", "0.988"),
+        ("… the model's odds alone", "0.876"),
+    ]
 
 
 def test_energy_paths_are_drawn_under_their_scenes_relative_to_the_truth() -> None:
@@ -140,6 +334,13 @@ def test_the_command_reports_every_figure_of_every_spec(
     )
     # The paper's 1024 and 256 units take their time; four and two say as much here.
     monkeypatch.setattr(likelihood, "train_dbn", functools.partial(train_dbn, diagonal_units=4, top_units=2))
+
+    def told(run: Run, asked: Scenes) -> Presence:
+        presence_logits(run, asked)
+        shown = asked.gazes is not None
+        return Presence(torch.tensor([2.0, 3.0] if shown else [1.0, 0.0]), torch.tensor([0.0, 2.0 if shown else 3.0]))
+
+    monkeypatch.setattr(likelihood, "presence_logits", told)
     save(run, tmp_path / "run")
     Likelihood(
         source=tmp_path / "run",
@@ -171,6 +372,8 @@ def test_the_command_reports_every_figure_of_every_spec(
         ]
         shares = [*found["beats_random"].values(), *found["ranking"].values(), found["presence_auc"]]
         assert all(0 <= share <= 1 for share in shares)
+        # Of the four pairs, evidence has all right; of odds one is right, one a tie and two are wrong.
+        assert (found["presence_auc"], found["presence_auc_odds"]) == (1.0, 0.375)
         assert found["ranking"]["oracle"] >= max(found["ranking"]["odds"], found["ranking"]["evidence"])
     assert len(results["failures"]) == 4
     table = (tmp_path / "out" / "table.md").read_text().splitlines()

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,17 @@ from foveate.data import Scenes, orl_clutter, orl_scenes
 from foveate.experiments import localisation
 from foveate.experiments.cli import main
 from foveate.experiments.conventions import label_convention
-from foveate.experiments.localisation import ERRORS, METHODS, Localisation, starts_off_by
+from foveate.experiments.detectors import Detection
+from foveate.experiments.localisation import ERRORS, METHODS, Collection, Localisation, Robustness, Seen, starts_off_by
+from foveate.experiments.scoring import Sampling
 from foveate.experiments.training import Budget
-from foveate.inference.checkpoint import Run, save
+from foveate.inference.checkpoint import Run, load, save
+from foveate.inference.evaluate import jittered_starts
 from foveate.inference.guide import GazeGuide
+from foveate.inference.posterior import Posterior
 from foveate.model import AttentionModel, ClutterModel, DeepBeliefNet
 from foveate.model import gaze as gazes
-from foveate.model.patch import Pyramid
+from foveate.model.patch import Pyramid, extract
 
 SMALL = ((96, 120), (120, 96))
 
@@ -70,6 +77,22 @@ def test_the_labels_own_similarity_is_found_among_failures_and_noise() -> None:
     assert float(parts.rotation) == pytest.approx(0.03, abs=4 * 1.25 * 0.3 / 8 / 13)
 
 
+def test_the_labels_own_similarity_is_a_median_part_by_part() -> None:
+    right = torch.tensor([0.1, 3.0, 0.3, 0.2, 3.5]).double()
+    log_scale = torch.tensor([0.2, 0.0, 0.02, 0.25, 0.01]).double()
+    turned = torch.tensor([0.3, 0.01, 0.25, -0.02, 0.02]).double()
+    found = _some_gazes(5)
+    each = gazes.from_parts(torch.stack([right, -right], -1), log_scale.exp(), turned)
+    truth = gazes.compose(found, each)
+    assert float(gazes.overlap(found, truth).min()) > 0.5
+    known = label_convention(found, truth)
+    assert known is not None
+    (dx, dy), scale, rotation = gazes.parts(known)
+    # The numbers above are float32 before they are float64.
+    assert (float(dx), float(dy)) == pytest.approx((0.3, -0.3), abs=1e-6)
+    assert (float(scale.log()), float(rotation)) == pytest.approx((0.02, 0.02), abs=1e-6)
+
+
 def test_labels_are_not_compared_where_nothing_is_found() -> None:
     truth = _some_gazes(3)
     assert label_convention(truth + 900, truth) is None
@@ -80,6 +103,237 @@ def test_labels_are_not_compared_where_nothing_is_found() -> None:
 )
 def test_looks_have_converged_once_they_stay_where_they_end(looks: list[float], after: int) -> None:
     assert localisation._converged_after(torch.tensor(looks)) == after
+
+
+TRUTH = torch.tensor([[1.5, 0.0, 40.0, 40.0], [1.0, 0.0, 50.0, 30.0], [2.0, 0.0, 60.0, 50.0]]).double()
+# What the labels of a collection differ by from those trained on: 2 canonical pixels to the right, 1 down.
+DIFFERENCE = torch.tensor([1.0, 0.0, 2.0, 1.0]).double()
+
+
+def _faces(label: str = "faces") -> Collection:
+    scenes = Scenes.from_pictures(list(torch.rand(3, 90, 120)), gazes=TRUTH)
+    return Collection(f"{label}@test", label, scenes, TRUTH, scenes)
+
+
+@pytest.fixture
+def seen_with(posterior_of: Callable[..., Posterior], with_iou: Callable[..., torch.Tensor]) -> Callable[..., Seen]:
+    """What a run saw of `_faces`, by the IoUs of the gazes it reports."""
+
+    def made(iou: tuple[float, float, float], **changes: Any) -> Seen:
+        reported = with_iou(TRUTH, *iou)
+        path = torch.stack([with_iou(TRUTH, *of) for of in ((0.1,) * 3, (0.4, 0.45, 0.3), (0.6, 0.55, 0.3), iou)], 1)
+        costs = {name: {"windows": float(k), "scenes_per_second": 2.0} for k, name in enumerate(METHODS)}
+        robustness = {("offset", 0.5): Robustness(torch.linspace(0.1, 0.9, 9), 0.75, 0.625)}
+        seen = Seen(with_iou(TRUTH, 0.7, 0.4, 0.4), posterior_of(reported), path, costs, robustness, None, None)
+        return seen._replace(**changes)
+
+    return made
+
+
+class _Sees:
+    """A detector that finds the truth moved by half a width, and looks at 70 windows."""
+
+    def detect(self, picture: torch.Tensor) -> Detection:
+        return Detection(TRUTH[0] + torch.tensor([0.0, 0.0, 18.0, 0.0]).double(), 70)
+
+
+DETECTORS = {name: _Sees() for name in ("haar", "correlation", "distance")}
+
+
+def test_every_method_is_scored_by_its_own_gazes_over_scenes_and_then_over_seeds(
+    seen_with: Callable[..., Seen],
+) -> None:
+    seen = [seen_with((0.9, 0.55, 0.3)), seen_with((0.8, 0.45, 0.1))]
+    told = localisation._told(_faces(), seen, DETECTORS)
+    methods = told["methods"]
+    for name, accuracy, iou in (
+        ("guide", (1 / 3, 1 / 3), (0.5, 0.5)),
+        ("posterior", (2 / 3, 1 / 3), (1.75 / 3, 1.35 / 3)),
+        ("protocol_guide", (2 / 3, 2 / 3), (1.45 / 3, 1.45 / 3)),
+        ("protocol_posterior", (2 / 3, 1 / 3), (1.75 / 3, 1.35 / 3)),
+    ):
+        for key, each in (("accuracy", accuracy), ("mean_iou", iou)):
+            assert methods[name][key]["each"] == pytest.approx(each), (name, key)
+            assert methods[name][key]["mean"] == pytest.approx(sum(each) / 2), (name, key)
+            assert methods[name][key]["sd"] == pytest.approx(statistics.stdev(each), abs=1e-12), (name, key)
+        assert methods[name]["windows"]["mean"] == list(METHODS).index(name)
+    # Half a width off the first truth is an IoU of a third; the other two faces are elsewhere.
+    overlap = gazes.overlap(_Sees().detect(torch.rand(9, 9)).gaze.expand(3, 4), TRUTH)
+    assert float(overlap[0]) == pytest.approx(1 / 3)
+    of_haar = methods["haar"]["mean_iou"]
+    assert of_haar["mean"] == pytest.approx(float(overlap.mean())) and of_haar["sd"] is None
+    assert methods["haar"]["windows"]["mean"] == 70.0
+    steps = [0.1, 1.15 / 3, 1.45 / 3, (1.75 + 1.35) / 6]
+    assert told["protocol_iou_by_step"] == pytest.approx(steps)
+    (row,) = told["robustness"]
+    assert (row["kind"], row["size"], row["accuracy"]["mean"], row["mean_iou"]["mean"]) == ("offset", 0.5, 0.75, 0.625)
+    # Found in the first run: the first two scenes; in the second: the first.
+    assert [(f["run"], f["iou"]) for f in told["failures"]] == [
+        (0, pytest.approx(0.3)), (1, pytest.approx(0.45)), (1, pytest.approx(0.1))
+    ]  # fmt: skip
+    table = {row[0]: row[1:] for row in localisation._table_1(told)}
+    assert table["foveate, posterior mean"] == ["0.500 ± 0.236", "0.517 ± 0.094", "1 ± 0", "2.0 ± 0.0"]
+
+
+def test_what_labels_differ_by_is_told_in_its_units_and_taken_out_of_the_scores(
+    seen_with: Callable[..., Seen], posterior_of: Callable[..., Posterior]
+) -> None:
+    difference = gazes.from_parts(
+        torch.tensor([2.0, 1.0]).double(), torch.tensor(1.25).double(), torch.tensor(0.1).double()
+    )
+    as_taught = gazes.compose(TRUTH, gazes.inverse(difference))
+    seen = seen_with((0.9, 0.9, 0.9), convention=difference, posterior=posterior_of(as_taught))
+    told = localisation._told(_faces(), [seen, seen_with((0.1, 0.1, 0.1))], DETECTORS)["label_convention"]
+    assert told["scenes_compared"] == 3
+    known = {
+        "right_canonical_pixels": 2.0,
+        "down_canonical_pixels": 1.0,
+        "log_scale": math.log(1.25),
+        "rotation_degrees": math.degrees(0.1),
+        "accuracy": 1.0,
+        "mean_iou": 1.0,  # the run reports what its own labels would be
+    }
+    assert {name: told[name]["each"] for name in known} == {name: [pytest.approx(v)] for name, v in known.items()}
+
+
+def test_coverage_is_the_share_of_all_scenes_within_reach_as_sampled_and_with_the_factor(
+    seen_with: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Here 0.02 times the x of the true centre: 0.8, 1 and 1.2, and with labels re-expressed (2 canonical pixels to the
+    # left, of 1.5, 1 and 2 pixels each) 0.74, 0.96 and 1.12.
+    monkeypatch.setattr(localisation, "reach", lambda draws, truth: 0.02 * truth[:, 2])
+    collections = [_faces("a"), _faces("b")]
+    moved = torch.tensor([0.0, 0.0, 20.0, 0.0]).double()  # reaches of 1.2, 1.4 and 1.6
+    collections[1] = collections[1]._replace(truth=TRUTH + moved, scenes=collections[1].scenes[:3])
+    seen = [
+        [seen_with((0.9, 0.9, 0.9), convention=DIFFERENCE, factor=1.15), seen_with((0.9, 0.9, 0.9), factor=1.3)],
+        [seen_with((0.9, 0.9, 0.9), convention=DIFFERENCE, factor=1.15), seen_with((0.9, 0.9, 0.9), factor=1.3)],
+    ]
+    of_a, of_b, of_all = localisation._calibration(collections, seen)
+    assert [of["scenes"] for of in (of_a, of_b, of_all)] == [3, 3, 6]
+    assert of_a["coverage"]["each"] == pytest.approx([2 / 3, 2 / 3])
+    assert of_b["coverage"]["each"] == [0.0, 0.0]
+    assert of_all["coverage"]["each"] == pytest.approx([2 / 6, 2 / 6])
+    assert of_a["coverage_recalibrated"]["each"] == pytest.approx([2 / 3, 1.0])
+    assert of_all["coverage_recalibrated"]["each"] == pytest.approx([2 / 6, 4 / 6])
+    assert of_all["factor"]["each"] == [1.15, 1.3]
+    # Of what one run alone knows no mean over runs is told.
+    assert "coverage_re_expressed" not in of_a
+    first = [[of_collection[0]] for of_collection in seen]
+    of_a, of_b, of_all = localisation._calibration(collections, first)
+    assert of_a["coverage_recalibrated_re_expressed"]["each"] == [1.0]
+    assert of_b["coverage_recalibrated_re_expressed"]["each"] == pytest.approx([1 / 3])  # 1.14, 1.36 and 1.52
+    assert of_all["coverage_recalibrated_re_expressed"]["each"] == pytest.approx([4 / 6])
+    assert of_all["coverage_re_expressed"]["each"] == pytest.approx([2 / 6])
+
+
+def test_presence_comes_true_where_the_object_is_and_a_modes_weight_where_it_overlaps_it(
+    seen_with: Callable[..., Seen], posterior_of: Callable[..., Posterior], with_iou: Callable[..., torch.Tensor]
+) -> None:
+    modes = torch.stack([with_iou(TRUTH, 0.8, 0.3, 0.9), with_iou(TRUTH, 0.4, 0.6, 0.9)], 1)
+    weights = torch.tensor([[0.75, 0.25], [0.75, 0.25], [1.0, 0.0]])
+    posterior = posterior_of(TRUTH, modes=modes, weights=weights, presence=torch.tensor([0.95, 0.95, 0.65]))
+    seen = [[seen_with((0.9, 0.9, 0.9), posterior=posterior)]]
+    panels = localisation._reliability_panels([_faces()], seen, [torch.tensor([0.05, 0.05, 0.65])])
+    presence, mode = panels["presence of the object"], panels["weight of a mode"]
+    assert presence.happened.tolist() == [0.0, 0.5, 1.0] and presence.count.tolist() == [2, 2, 2]
+    assert presence.stated.tolist() == pytest.approx([0.05, 0.65, 0.95])
+    # A second mode without weight is none. Of three quarters one in two is right, of a quarter the same.
+    assert mode.count.tolist() == [2, 2, 1] and mode.stated.tolist() == [0.25, 0.75, 1.0]
+    assert mode.happened.tolist() == [0.5, 0.5, 1.0]
+
+
+def test_every_initial_error_is_scored_on_the_scenes_that_were_started_with_it(
+    blank_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def searched(run: Run, scenes: Scenes, start: torch.Tensor, steps: int) -> Any:
+        asked["searched"] = steps
+        true = torch.stack([TRUTH[int(name[-1])] for name in scenes.names])
+        return SimpleNamespace(path=torch.stack([start, *[true] * steps], 1))
+
+    def attended(model: Any, guide: Any, scenes: Scenes, *, start: torch.Tensor, **options: Any) -> Any:
+        asked.update(start=start, names=scenes.names, looks=options["guide_steps"])
+        return SimpleNamespace(mean_gaze=start)
+
+    monkeypatch.setattr(localisation, "_search", searched)
+    monkeypatch.setattr(localisation, "attend", attended)
+    found = localisation._robustness(load(blank_run), _faces().scenes, TRUTH, 0)
+    assert (asked["searched"], asked["looks"]) == (8, 4)
+    assert asked["names"] == ("picture_0000", "picture_0001", "picture_0002") * len(found)
+    assert list(found) == [(kind, size) for kind, sizes in ERRORS.items() for size in sizes]
+    for (kind, size), start in zip(found, asked["start"].split(3), strict=True):
+        overlap = gazes.overlap(start, TRUTH)
+        told = found[kind, size]
+        assert told.looks.tolist() == pytest.approx([float(overlap.mean()), *[1.0] * 8])
+        assert told.sampled == pytest.approx(float(overlap.mean()))
+        assert told.found == float((overlap > 0.5).double().mean())
+        if kind == "scale":
+            # One square within the other about the same centre.
+            assert overlap.tolist() == pytest.approx([min(size, 1 / size) ** 2] * 3)
+
+
+def test_a_run_is_asked_by_the_protocol_and_a_leapfrog_step_is_a_window(
+    blank_run: Path, posterior_of: Callable[..., Posterior], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Any] = []
+    # 2 chains × 3 draws × 1, 2 and 6 steps: 18 windows a scene on average.
+    steps = torch.tensor([1, 2, 6])[:, None, None].expand(3, 2, 3)
+    ends = torch.stack([TRUTH, TRUTH + 1], 1)
+
+    def attended(model: Any, guide: Any, scenes: Scenes, *, start: Any = None, seed: int = 0, **asked: Any) -> Any:
+        # One scene alone is attended to before anything is timed.
+        if len(scenes) > 1:
+            assert (seed, asked["guide_steps"], asked["draws"]) == (5, 4, 20)
+            starts.append(start)
+        return posterior_of(TRUTH[: len(scenes)], statistics={"n_steps": steps[: len(scenes)]})
+
+    def robust(run: Run, scenes: Scenes, truth: torch.Tensor, seed: int) -> dict[Any, Any]:
+        return {"shown": scenes.names, "truth": truth, "seed": seed}
+
+    monkeypatch.setattr(localisation, "attend", attended)
+    monkeypatch.setattr(localisation, "_search", lambda *_: SimpleNamespace(gaze=ends))
+    monkeypatch.setattr(localisation, "_robustness", robust)
+    monkeypatch.setattr(localisation, "convention_of", lambda run, train, seed: DIFFERENCE + seed)
+    seen = localisation._look_at(load(blank_run), _faces(), Sampling(draws=20), 2, 5)
+    assert starts[0] is None and torch.equal(starts[1], jittered_starts(TRUTH, 5)) and len(starts) == 2
+    windows = {name: cost["windows"] for name, cost in seen.costs.items()}
+    assert windows == {"guide": 0.0, "posterior": 18.0, "protocol_guide": 0.0, "protocol_posterior": 18.0}
+    assert torch.equal(seen.guide, TRUTH) and torch.equal(seen.convention, DIFFERENCE + 5)
+    # Two of three scenes, from one end to the other.
+    robustness: Any = seen.robustness
+    assert (robustness["shown"], robustness["seed"]) == (("picture_0000", "picture_0002"), 5)
+    assert torch.equal(robustness["truth"], TRUTH[[0, 2]])
+
+
+def test_runs_have_seeds_of_their_own_and_detectors_are_fitted_on_what_is_trained_on(
+    tmp_path: Path, blank_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    asked: dict[str, Any] = {"seeds": [], "empty": []}
+    train, test = (_faces().scenes.subset([k]) for k in (0, 1))
+
+    def told(collection: Collection, seen: Any, fitted: dict[str, Any]) -> None:
+        asked["fitted"] = fitted
+        raise Enough
+
+    monkeypatch.setattr(localisation, "labelled_scenes", lambda specs, seed: (train, {}))
+    monkeypatch.setattr(localisation, "_collections", lambda specs, seed: [_faces()._replace(scenes=test)])
+    monkeypatch.setattr(localisation, "default_clutter", lambda *given: asked["empty"].append(given))
+    monkeypatch.setattr(localisation, "_look_at", lambda *given: asked["seeds"].append(given[-1]))
+    monkeypatch.setattr(localisation, "_told", told)
+    experiment = Localisation(out=tmp_path / "out", runs=(blank_run, blank_run), data=("a@test",), seed=5)
+    with pytest.raises(Enough):
+        experiment.run()
+    assert asked["seeds"] == [5, 6]
+    # Presence is judged on photographs that no run was trained on.
+    assert asked["empty"] == [(None, 5, "test")]
+    for name in ("correlation", "distance"):
+        assert asked["fitted"][name].score == name
+        torch.testing.assert_close(asked["fitted"][name].template, extract(train[0].picture, TRUTH[0]).float())
 
 
 def _write(scenes: Scenes, folder: Path, split: str = "") -> list[str]:

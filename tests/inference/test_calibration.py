@@ -99,6 +99,32 @@ def test_objects_that_were_missed_do_not_widen_the_region(monkeypatch: pytest.Mo
     assert factor == pytest.approx(2.0, rel=0.1)  # 4 standard errors of a quantile of 360 chi variables
 
 
+def test_found_is_an_iou_above_a_half_in_the_rows_that_were_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Squares of 24 pixels that are 6 and 10 apart share 18 of 30 and 14 of 34 pixels of width: IoUs of 0.6 and 0.41.
+    truth = torch.tensor([[1.0, 0.0, x, 20.0] for x in (900.0, 30.0, 80.0, 50.0)]).double()
+    off = {1: 6.0, 3: 6.0, 2: 10.0}
+
+    class Found:
+        def __init__(self, rows: list[int]):
+            self.mean_gaze = truth[rows] + torch.tensor([[0.0, 0.0, off[k], 0.0] for k in rows]).double()
+            self.gaze = self.mean_gaze[:, None, None]
+
+    class Pictures:
+        def pictures(self, rows: list[int]) -> list[int]:
+            return rows
+
+    def attended(model: AttentionModel, guide: GazeGuide, rows: list[int], *, seed: int, **_: int) -> Found:
+        assert seed == 11
+        return Found(rows)
+
+    monkeypatch.setattr(calibration, "attend", attended)
+    monkeypatch.setattr(calibration, "reach", lambda draws, truth: 0.1 * truth[:, 2])
+    model = AttentionModel(DeepBeliefNet(DiagonalLayer(2), BernoulliRBM(2, 2), EllipticalDensity.blank(575)), None)
+    # Reaches of 5, 3 and, not found, 8: of two the factor is the larger one.
+    found = calibration.calibrated_factor(model, GazeGuide(4), Pictures(), torch.tensor([3, 1, 2]), truth, seed=11)
+    assert found == pytest.approx(5.0)
+
+
 def test_chains_that_never_moved_cover_nothing_but_themselves() -> None:
     draws = torch.tensor([1.0, 0.0, 20.0, 20.0]).double().expand(2, 2, 30, 4).clone()
     truth = torch.tensor([[1.0, 0.0, 21.0, 20.0], [1.1, 0.0, 20.0, 20.0]]).double()

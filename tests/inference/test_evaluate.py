@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_chains_that_stand_still_do_not_pass_for_chains_that_agree(
     assert results["rhat_max"] == pytest.approx(float(posterior.rhat()[1:].max()))
 
 
+def test_seconds_are_those_of_one_scene_and_the_sampler_is_asked_as_told(
+    jittered: tuple[dict[str, Any], Posterior], run: Run, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    clock = [100.0]
+
+    def attended(model: AttentionModel, guide: GazeGuide, given: Scenes, **options: Any) -> Posterior:
+        asked.update(options)
+        clock[0] += 6.0
+        return jittered[1]
+
+    module = importlib.import_module("foveate.inference.evaluate")
+    monkeypatch.setattr(module, "attend", attended)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    results, _ = evaluate(run, scenes, start="jitter", chains=3, draws=9, warmup=5, seed=8)
+    assert results["seconds_per_scene"] == 2.0
+    assert torch.equal(asked.pop("start"), jittered_starts(scenes.gazes, 8))
+    assert asked == {"chains": 3, "draws": 9, "warmup": 5, "seed": 8, "progress": False}
+
+
 def test_iou_by_step_begins_at_the_start_and_ends_with_the_mean_iou(
     jittered: tuple[dict[str, Any], Posterior], scenes: Scenes
 ) -> None:
@@ -164,6 +185,16 @@ def test_jittered_starts_lie_within_a_patch_width_a_factor_of_two_and_thirty_deg
     assert abs(float((distance / 24).square().mean()) - 0.5) < 4 * 0.29 / 4000**0.5
     assert abs(float(octaves.mean())) < 4 * 0.58 / 4000**0.5
     assert abs(float(degrees.mean())) < 4 * 17.3 / 4000**0.5
+
+
+def test_jittered_starts_are_off_in_every_direction_and_in_nothing_together() -> None:
+    truth = torch.tensor([2.0, 0.7, 100.0, 60.0]).double().expand(4000, 4)
+    error = gazes.parts(gazes.compose(gazes.inverse(truth), jittered_starts(truth, 0)))
+    # Each coordinate of a point that is uniform in the disc has mean 0 and an sd of half the radius: 4 standard errors.
+    assert float(error.centre.mean(0).abs().max()) < 4 * 12 / 4000**0.5
+    together = torch.corrcoef(torch.stack([*error.centre.T, error.scale.log(), error.rotation]))
+    # Correlations of what is independent have standard errors of 1 / √4000.
+    torch.testing.assert_close(together, torch.eye(4).double(), rtol=0, atol=4 / 4000**0.5)
 
 
 def test_jittered_starts_follow_their_seed() -> None:
