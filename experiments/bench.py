@@ -59,7 +59,7 @@ SIZES = ((16, 4), (1, 1), (256, 4))
 HEIGHT, WIDTH, SIGMA = 296, 448, 0.05
 STEP_SIZE, NUM_STEPS = 0.02, 20
 # Steps of a trajectory among which a peer's HMC has those that give it the most effective draws a second.
-PEER_STEPS = (2, 4, 8)
+PEER_STEPS = (2, 3, 4, 6, 10, 20)
 DRAWS = 500
 REPEATS = 3
 TEMPERATURE = 16.0
@@ -68,6 +68,8 @@ TEMPERATURE = 16.0
 @dataclass(frozen=True, kw_only=True)
 class Bench(Common):
     """Time our sampler beside Pyro, NumPyro and BlackJAX, on one thread and on two (or on `threads` alone).
+
+    Each number of threads takes about half an hour: the HMC of the peers is tried with six numbers of steps.
 
     Attributes:
         out: a .json file; a plot of the same name with .png goes beside it.

@@ -26,7 +26,7 @@ def few(name: str, most: int) -> Any:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """Two scenes, two chains, on a thread; the peers on JAX stand for themselves with Pyro's chain."""
+    """Two scenes, two chains, on a thread; Pyro's chain stands in for the peers on JAX."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("SIZES", ((2, 2),)), ("DRAWS", 20), ("REPEATS", 1), ("PEER_STEPS", (2, 3))):
             patch.setattr(bench, name, value)
@@ -76,7 +76,7 @@ def test_the_plain_definition_has_the_energy_and_slope_of_the_fused_pass() -> No
         torch.testing.assert_close(fused, plain.to(fused.dtype), rtol=1e-3, atol=0.5)
 
 
-def test_the_bench_runs_where_it_is_told_to() -> None:
+def test_the_bench_is_refused_on_cuda_where_it_would_not_run() -> None:
     with pytest.raises(InputError, match="--device cuda"):
         Bench(out=Path("never.json"), device="cuda").prepare()
 
