@@ -5,7 +5,8 @@ in the chart of offsets (canonical pixels), log-scale / 10 and angle / 10. Leapf
 of 0.02 and 20 steps; effective draws per second on 500 + 500 draws (100 + 100 where a sampler is slow: `ess_draws` and
 `subsampled` in the results say so), each sampler with its own warm-up: the smallest bulk ESS of a scene's four
 coordinates over its chains, median over scenes, by the seconds of warm-up and draws together. The HMC of the peers does
-not choose the number of its steps, so each has the best of several. Compilation is left out everywhere.
+not choose the number of its steps, so each has the best of several, which 100 + 100 draws of 16 scenes × 4 chains tell.
+Compilation is left out everywhere.
 """
 
 import json
@@ -14,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -60,7 +61,8 @@ HEIGHT, WIDTH, SIGMA = 296, 448, 0.05
 STEP_SIZE, NUM_STEPS = 0.02, 20
 # Steps of a trajectory among which a peer's HMC has those that give it the most effective draws a second.
 PEER_STEPS = (2, 3, 4, 6, 10, 20)
-DRAWS = 500
+# Draws, and as many of warm-up, that tell effective draws a second; and where a sampler is slow or a setting is chosen.
+DRAWS, FEW_DRAWS = 500, 100
 REPEATS = 3
 TEMPERATURE = 16.0
 
@@ -69,10 +71,8 @@ TEMPERATURE = 16.0
 class Bench(Common):
     """Time our sampler beside Pyro, NumPyro and BlackJAX, on one thread and on two (or on `threads` alone).
 
-    Each number of threads takes about half an hour: the HMC of the peers is tried with six numbers of steps.
-
     Attributes:
-        out: a .json file; a plot of the same name with .png goes beside it.
+        out: a .json file, written anew after every row; a plot of the same name with .png goes beside it.
     """
 
     out: Path
@@ -87,16 +87,17 @@ class Bench(Common):
         check_json(self.out, "rows")
         check_picture(self.out.with_suffix(".png"))
         threads = (1, 2) if self.threads is None else (self.threads,)
+        announce(f"{len(SAMPLERS)} samplers on {' and on '.join(map(str, threads))} thread(s); output: {self.out}")
         run_bench(self.out, seed=self.seed, threads=threads)
 
 
 def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
     """Run the table, each number of threads in a process of its own, and write JSON and plot.
 
-    The HMC of the peers has the best of `PEER_STEPS` steps a trajectory; what each gave is told beside it.
+    The HMC of the peers has the best of `PEER_STEPS` steps a trajectory; what each gave is told in the row that chose.
 
     Args:
-        out: the .json file; the plot goes beside it.
+        out: the .json file, written anew after every row; the plot goes beside it.
         seed: of scenes and samplers.
         threads: numbers of threads; a process is bound to as many processors.
 
@@ -109,6 +110,7 @@ def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> di
     """
     require_peers()
     began = time.time()
+    out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"rows": [], "scaling": [], "machine": _machine(), "versions": _versions(), "seed": seed}
     for count in threads:
         # Before any library starts its own threads; the binding holds XLA, which has no setting of its own that would.
@@ -117,8 +119,9 @@ def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> di
             **{f"{name}_NUM_THREADS": str(count) for name in ("OMP", "MKL", "NUMBA", "OPENBLAS")},
         }
         environment["JAX_PLATFORMS"] = "cpu"
+        chosen = json.dumps(_steps(result["rows"]))
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "foveate.experiments.bench", str(count), str(seed)],
+            [sys.executable, "-W", "ignore", "-m", "foveate.experiments.bench", str(count), str(seed), chosen],
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
@@ -129,6 +132,7 @@ def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> di
             if kind == "rows":
                 announce(_told(value))
             result[kind] = [*result[kind], value] if isinstance(result.get(kind), list) else value
+            write_json(out, result | {"seconds": time.time() - began})
         if process.wait() != 0:
             raise RuntimeError(
                 f"the bench on {count} thread(s) stopped with status {process.returncode}; its output is above"
@@ -136,14 +140,18 @@ def run_bench(out: Path, seed: int = 0, threads: tuple[int, ...] = (1, 2)) -> di
     result["ratios"] = _ratios(result["rows"])
     result["load_at_end"] = _load()
     result["seconds"] = time.time() - began
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
     _plot(result["rows"], out.with_suffix(".png"))
     return result
 
 
-def _worker(threads: int, seed: int) -> None:
-    """All rows of one number of threads, each printed as a line of JSON."""
+def _steps(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """The number of steps that was chosen for each peer's HMC in these rows."""
+    return {row["sampler"]: row["ess_num_steps"] for row in rows if "ess_num_steps" in row}
+
+
+def _worker(threads: int, seed: int, steps: dict[str, int]) -> None:
+    """All rows of one number of threads, each printed as a line of JSON; `steps` of peers, where chosen before."""
     if hasattr(os, "sched_setaffinity"):
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, available[-threads:])
@@ -156,14 +164,18 @@ def _worker(threads: int, seed: int) -> None:
         if scenes == SIZES[0][0]:
             z = 0.1 * torch.randn(scenes, chains, 4, generator=torch.Generator().manual_seed(seed))
             _tell("agreement_with_jax", agreement(potential, z))
-        for row in _rows(potential, odds, scenes, chains, seed):
+        for row in _rows(potential, odds, scenes, chains, seed, steps):
+            steps = steps | _steps([row])
             _tell("rows", {**row, "scenes": scenes, "chains": chains, "threads": threads, "load": _load()})
     for value in _scaling(problem):
         _tell("scaling", {**value, "threads": threads})
     _tell("memory", _memory(problem))
 
 
-def _rows(potential: GazePotential, odds: OddsScore, scenes: int, chains: int, seed: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    potential: GazePotential, odds: OddsScore, scenes: int, chains: int, seed: int, steps: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one size; a peer's HMC makes the `steps` that were chosen for it, or chooses them here."""
     first = (scenes, chains) == SIZES[0]
     large = scenes > SIZES[0][0]
     with_odds = GazePotential(potential.pyramid, potential.chart, odds)
@@ -175,7 +187,8 @@ def _rows(potential: GazePotential, odds: OddsScore, scenes: int, chains: int, s
         "adapt_step_size": False,
         "adapt_mass_matrix": False,
     }
-    timing = 20 if large else 200
+    # The peers take several times as long.
+    timing, timing_of_peers = (20, 5) if large else (200, 50)
 
     def ours(function: Any, draws: int, warmup: int, **options: Any) -> Run:
         (z, statistics), seconds, cpu = timed(
@@ -198,45 +211,46 @@ def _rows(potential: GazePotential, odds: OddsScore, scenes: int, chains: int, s
     ):
         ours(function, 2, 0, **fixed)
         runs = [ours(function, draws, 0, **fixed) for _ in range(REPEATS)]
-        yield _row(sampler, runs, adapted(function, DRAWS if function is potential else DRAWS // 5))
+        if function is potential:
+            effective = adapted(function, DRAWS)
+        else:
+            effective = None if large else adapted(function, FEW_DRAWS)
+        yield _row(sampler, runs, effective)
 
     for sampler, run in (("blackjax-hmc", blackjax_hmc), ("numpyro-hmc", numpyro_hmc)):
-        settings = {"step_size": STEP_SIZE, "num_steps": NUM_STEPS, "seed": seed}
-        runs = run(potential, chains, draws=timing, warmup=0, repeats=REPEATS, **settings)
-        row = _row(sampler, runs, None)
+        run = partial(run, potential, chains, step_size=STEP_SIZE, seed=seed)
+        row = _row(sampler, run(draws=timing_of_peers, warmup=0, num_steps=NUM_STEPS, repeats=REPEATS), None)
         if not large:
-            adaptation = {"draws": DRAWS, "warmup": DRAWS, "step_size": STEP_SIZE, "seed": seed}
-            row |= _best({n: _effect(run(potential, chains, num_steps=n, **adaptation)[0]) for n in PEER_STEPS})
+            row |= _best(partial(_effect_of_jax, run), steps.get(sampler), DRAWS)
         yield row
 
     if not large:
         plain = _Differentiated(potential)
         runs = [ours(plain, timing // 10, 0, **fixed) for _ in range(REPEATS)]
-        yield _row("torch-batched-autograd", runs, adapted(plain, DRAWS // 5))
-        for sampler, steps in (("pyro-hmc", NUM_STEPS), ("pyro-nuts", None)):
-            yield _pyro_row(sampler, steps, potential, scenes, chains, seed)
+        yield _row("torch-batched-autograd", runs, adapted(plain, FEW_DRAWS))
+        for sampler, number in (("pyro-hmc", NUM_STEPS), ("pyro-nuts", None)):
+            run = partial(pyro_chain, potential, step_size=STEP_SIZE, seed=seed)
+            runs = [run(0, draws=10, warmup=0, num_steps=number) for _ in range(REPEATS)]
+            effect = partial(_effect_of_pyro, run, scenes, chains)
+            best = effect(None, FEW_DRAWS) if number is None else _best(effect, steps.get(sampler), FEW_DRAWS)
+            yield _row(sampler, runs, None) | best
 
 
-def _pyro_row(
-    sampler: str, steps: int | None, potential: GazePotential, scenes: int, chains: int, seed: int
+def _effect_of_jax(run: Callable[..., list[Run]], number: int | None, draws: int) -> dict[str, Any]:
+    return _effect(run(draws=draws, warmup=draws, num_steps=number)[0])
+
+
+def _effect_of_pyro(
+    run: Callable[..., Run], scenes: int, chains: int, number: int | None, draws: int
 ) -> dict[str, Any]:
-    """Pyro runs one chain at a time: a few of them, from which the time of all follows."""
-    settings: dict[str, Any] = {"step_size": STEP_SIZE, "seed": seed}
-    runs = [pyro_chain(potential, 0, draws=10, warmup=0, num_steps=steps, **settings) for _ in range(REPEATS)]
-
-    def adapted(number: int | None) -> dict[str, Any]:
-        sampled = [
-            pyro_chain(potential, scene, draws=100, warmup=100, num_steps=number, **settings)
-            for scene in range(min(2, scenes))
-        ]
-        # Five times the draws and all scenes and chains, one after the other; a scene's ESS is that of its chains.
-        seconds = 5 * float(np.mean([run.seconds for run in sampled])) * scenes * chains
-        ess = 5 * chains * float(np.median([_effective(run.draws) for run in sampled]))
-        subsampled = f"{len(sampled)} chains of 100 + 100 draws"
-        return {"ess": ess, "ess_per_second": ess / seconds, "subsampled": subsampled}
-
-    effect = adapted(None) if steps is None else _best({number: adapted(number) for number in PEER_STEPS})
-    return _row(sampler, runs, None) | effect
+    """Pyro runs one chain at a time: two of them, from which the time of all and of `DRAWS` draws follows."""
+    sampled = [run(scene, draws=draws, warmup=draws, num_steps=number) for scene in range(min(2, scenes))]
+    longer = DRAWS / draws
+    # All scenes and chains one after the other; a scene's ESS is that of its chains.
+    seconds = longer * float(np.mean([run.seconds for run in sampled])) * scenes * chains
+    ess = longer * chains * float(np.median([_effective(run.draws) for run in sampled]))
+    subsampled = f"{len(sampled)} chain{'s' * (len(sampled) > 1)} of {draws} + {draws} draws"
+    return {"ess": ess, "ess_per_second": ess / seconds, "subsampled": subsampled}
 
 
 def _row(sampler: str, runs: list[Run], adapted: Run | None) -> dict[str, Any]:
@@ -264,12 +278,22 @@ def _effect(adapted: Run) -> dict[str, Any]:
     }
 
 
-def _best(effects: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The effect with the most effective draws a second, and what each number of steps gave."""
-    # Chains that never move have no number of effective draws.
-    number = max(effects, key=lambda n: np.nan_to_num(effects[n]["ess_per_second"], nan=-1.0))
-    each = {str(n): effect["ess_per_second"] for n, effect in effects.items()}
-    return effects[number] | {"ess_num_steps": number, "ess_per_second_by_num_steps": each}
+def _best(effect: Callable[[int | None, int], dict[str, Any]], number: int | None, draws: int) -> dict[str, Any]:
+    """The effect of `number` steps a trajectory, or of the best of `PEER_STEPS` and then what each gave.
+
+    Args:
+        effect: of a number of steps, by so many draws.
+        number: of steps; None to choose it, by few draws.
+        draws: that tell the effect.
+    """
+    few = {n: effect(n, FEW_DRAWS) for n in PEER_STEPS} if number is None else {}
+    each = {n: found["ess_per_second"] for n, found in few.items()}
+    if number is None:
+        # Chains that never move have no number of effective draws.
+        number = max(each, key=lambda n: np.nan_to_num(each[n], nan=-1.0))
+    found = few[number] if few and draws == FEW_DRAWS else effect(number, draws)
+    told = {"ess_per_second_by_num_steps": {str(n): value for n, value in each.items()}} if each else {}
+    return found | {"ess_num_steps": number} | told
 
 
 def _effective(draws: np.ndarray) -> float:
@@ -469,4 +493,4 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _worker(int(sys.argv[1]), int(sys.argv[2]))
+    _worker(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

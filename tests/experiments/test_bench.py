@@ -1,5 +1,6 @@
 """The bench's rows on a small problem; the peers on JAX where they are installed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def few(name: str, most: int) -> Any:
 def rows() -> list[dict[str, Any]]:
     """Two scenes, two chains, on a thread; Pyro's chain stands in for the peers on JAX."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SIZES", ((2, 2),)), ("DRAWS", 20), ("REPEATS", 1), ("PEER_STEPS", (2, 3))):
+        small = {"SIZES": ((2, 2),), "DRAWS": 20, "FEW_DRAWS": 10, "REPEATS": 1, "PEER_STEPS": (2, 3)}
+        for name, value in small.items():
             patch.setattr(bench, name, value)
         patch.setattr(bench, "pyro_chain", few("pyro_chain", 5))
 
@@ -39,7 +41,7 @@ def rows() -> list[dict[str, Any]]:
         patch.setattr(bench, "blackjax_hmc", stand_in)
         patch.setattr(bench, "numpyro_hmc", stand_in)
         problem, odds = bench._problem(2, seed=0), bench._odds(seed=0)
-        found = list(bench._rows(problem, odds, 2, 2, seed=0))
+        found = list(bench._rows(problem, odds, 2, 2, seed=0, steps={"numpyro-hmc": 3}))
         found = [row | {"scenes": 2, "chains": 2, "threads": 1} for row in found]
         assert set(bench._ratios(found)[0]) >= {"leapfrog_to_pyro-hmc", "ess_per_second_to_blackjax-hmc"}
     return found
@@ -54,12 +56,73 @@ def test_every_sampler_has_a_row(rows: list[dict[str, Any]]) -> None:
         assert (row["ess_per_second"] is None) == (row["sampler"] == "fused-pass")
 
 
-def test_peers_have_the_best_of_several_numbers_of_steps(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["sampler"] in ("blackjax-hmc", "numpyro-hmc", "pyro-hmc"):
-            each = row["ess_per_second_by_num_steps"]
-            assert set(each) == {"2", "3"}
-            assert row["ess_per_second"] == each[str(row["ess_num_steps"])] == max(each.values())
+def test_peers_have_the_best_of_several_numbers_of_steps_or_the_one_given(rows: list[dict[str, Any]]) -> None:
+    at = {row["sampler"]: row for row in rows}
+    for name in ("blackjax-hmc", "pyro-hmc"):
+        each = at[name]["ess_per_second_by_num_steps"]
+        assert set(each) == {"2", "3"}
+        assert each[str(at[name]["ess_num_steps"])] == max(each.values())
+    assert at["numpyro-hmc"]["ess_num_steps"] == 3 and "ess_per_second_by_num_steps" not in at["numpyro-hmc"]
+    assert bench._steps(rows) == {
+        name: at[name]["ess_num_steps"] for name in ("blackjax-hmc", "numpyro-hmc", "pyro-hmc")
+    }
+
+
+@pytest.mark.parametrize(("draws", "wanted"), [(bench.DRAWS, 40.0 + bench.DRAWS), (bench.FEW_DRAWS, 140.0)])
+def test_steps_are_chosen_by_few_draws_and_the_effect_is_that_of_all(draws: int, wanted: float) -> None:
+    """The effect of a number of steps is written down here: 4 is the best, and chains of 20 never move."""
+    asked: list[tuple[int | None, int]] = []
+
+    def effect(number: int | None, draws: int) -> dict[str, Any]:
+        assert number is not None
+        asked.append((number, draws))
+        return {"ess_per_second": {4: 40.0, 20: np.nan}.get(number, -float(number)) + draws}
+
+    found = bench._best(effect, None, draws)
+    assert (found["ess_num_steps"], found["ess_per_second"]) == (4, wanted)
+    assert set(found["ess_per_second_by_num_steps"]) == {str(n) for n in bench.PEER_STEPS}
+    assert asked == [*((n, bench.FEW_DRAWS) for n in bench.PEER_STEPS), *([(4, draws)] if draws == bench.DRAWS else [])]
+    asked.clear()
+    assert bench._best(effect, 6, draws) == {"ess_per_second": draws - 6.0, "ess_num_steps": 6}
+    assert asked == [(6, draws)]
+
+
+def test_one_chain_of_pyro_stands_for_all_of_them() -> None:
+    """Two chains of 50 draws in 3 and 5 seconds: 16 × 4 chains of 500 draws take 10 · 64 · 4 seconds."""
+
+    def run(scene: int, *, draws: int, warmup: int, num_steps: int | None) -> peers.Run:
+        assert (draws, warmup, num_steps) == (50, 50, 3)
+        z = np.random.default_rng(scene).normal(size=(1, 1, draws, 4))
+        return peers.Run(z, (3.0, 5.0)[scene], 0.0, 1, 1.0)
+
+    found = bench._effect_of_pyro(run, 16, 4, 3, 50)
+    each = [bench._effective(run(scene, draws=50, warmup=50, num_steps=3).draws) for scene in (0, 1)]
+    assert found["ess"] == pytest.approx(10 * 4 * np.mean(each))
+    assert found["ess_per_second"] == pytest.approx(found["ess"] / (10 * 64 * 4.0))
+    assert found["subsampled"] == "2 chains of 50 + 50 draws"
+
+
+def test_what_was_measured_is_kept_where_the_bench_is_broken_off(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that stops after two rows; what it was asked says that no steps were chosen before."""
+
+    class Worker:
+        def __init__(self, command: list[str], **options: Any) -> None:
+            assert command[-3:] == ["1", "7", "{}"] and options["env"]["OMP_NUM_THREADS"] == "1"
+            self.stdout, self.returncode = [json.dumps(["rows", row]) for row in rows[:2]], 3
+
+        def wait(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(bench, "require_peers", lambda: None)
+    monkeypatch.setattr(bench, "_versions", dict)
+    monkeypatch.setattr(bench.subprocess, "Popen", Worker)
+    out = tmp_path / "deep" / "bench.json"
+    with pytest.raises(RuntimeError, match=r"on 1 thread\(s\) stopped with status 3"):
+        bench.run_bench(out, seed=7, threads=(1,))
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["sampler"] for row in kept["rows"]] == [row["sampler"] for row in rows[:2]] and kept["seconds"] >= 0
 
 
 def test_the_rows_are_drawn(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
