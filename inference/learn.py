@@ -1,9 +1,13 @@
 """Monte-Carlo EM: a run learns a new population from pictures without labels (Tang et al. 2014, sec. 3).
 
 E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
-where they ended in the round before if the mode is still there; the patches under some draws are kept. M-step: guide,
+where they ended in the round before if the mode is still there; patches near some draws are kept. M-step: guide,
 prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
 anew.
+
+Near the draws, not under them: the posterior is tempered until its width is that of its mean's own error, so its draws
+lie about the truth as far as two such errors. A prior that has learned from them is blurred by both, the next posterior
+is wider, and so on from round to round. Drawn towards the mean they leave most of the blur out.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
@@ -65,8 +69,9 @@ __all__ = ["Monitor", "UnlabelledPictures", "learn"]
 # Scenes that are attended to together and written together; chains in each, draws that adapt and draws that are kept.
 PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
-# Draws whose patches are kept beside the one at the posterior mean.
-KEPT_DRAWS = 5
+# Draws whose patches are kept beside the one at the posterior mean, and how far from the mean they are taken: this share
+# of the way, as if they had been drawn at a quarter of the temperature, see the module.
+KEPT_DRAWS, NEARER = 5, 0.5
 # An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
@@ -312,8 +317,8 @@ def _attended(
 
     Returns:
         ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
-        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and at some draws; and
-        what the next round's chains carry.
+        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and near some draws;
+        and what the next round's chains carry.
     """
     pyramid = scene_pyramid(run.model, pictures)
     found = search(run.model, run.guide, pyramid)
@@ -342,7 +347,7 @@ def _attended(
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))
     some = draws.flatten(1, 2)[:, torch.linspace(0, CHAINS * DRAWS - 1, KEPT_DRAWS).round().long()]
-    at = torch.cat([mean[:, None], some], 1).cpu()
+    at = torch.cat([mean[:, None], mean[:, None] + NEARER * (some - mean[:, None])], 1).cpu()
     # By the definition of extraction, as the bootstrap's crops are, not as the search reads the scene.
     crops = torch.stack([extract(picture, gaze).float() for picture, gaze in zip(pictures, at, strict=True)])
     present = torch.sigmoid(torch.logsumexp(found.log_weight, -1))
