@@ -5,9 +5,9 @@ where they ended in the round before if the mode is still there; patches near so
 prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
 anew.
 
-Near the draws, not under them: the posterior is tempered until its width is that of its mean's own error, so its draws
-lie about the truth as far as two such errors. A prior that has learned from them is blurred by both, the next posterior
-is wider, and so on from round to round. Drawn towards the mean they leave most of the blur out.
+Near the draws, not under them: `fit` tempers the posterior until a draw is as far from the mean as the mean is from the
+truth. A prior that has learned from patches under draws is blurred by both, so that the next posterior is wider, and so
+on from round to round. Half way between mean and draw three quarters of the draws' part of that blur are gone.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
@@ -69,8 +69,8 @@ __all__ = ["Monitor", "UnlabelledPictures", "learn"]
 # Scenes that are attended to together and written together; chains in each, draws that adapt and draws that are kept.
 PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
-# Draws whose patches are kept beside the one at the posterior mean, and how far from the mean they are taken: this share
-# of the way, as if they had been drawn at a quarter of the temperature, see the module.
+# Draws near which patches are kept beside the one at the posterior mean, and where on the way from mean to draw these
+# lie: half-way, as draws at a quarter of the temperature do (see the module).
 KEPT_DRAWS, NEARER = 5, 0.5
 # An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000

@@ -617,8 +617,16 @@ def test_a_part_holds_the_mean_gaze_its_crop_and_how_surely_that_is_the_object(m
     share = math.exp(0.3) / (1 + math.exp(0.3) + math.exp(-0.4))
     torch.testing.assert_close(found["presence"], torch.full((3,), share, dtype=torch.float64), rtol=1e-12, atol=0)
     torch.testing.assert_close(found["gaze"], found["draws"].mean((1, 2)), rtol=0, atol=1e-12)
+    # Beside it those half way between the mean and some draws, from the first draw to the last.
+    draws = found["draws"].flatten(1, 2)
+    half_way = 0.5 * (found["gaze"][:, None] + draws)
+    kept = [round(k * (draws.shape[1] - 1) / (learning.KEPT_DRAWS - 1)) for k in range(learning.KEPT_DRAWS)]
+    assert found["crops"].shape == (3, 1 + len(kept), 24, 24) and len(set(kept)) > 1
     for i, picture in enumerate(scenes.pictures()):
         assert torch.equal(found["crops"][i, 0], extract(picture, found["gaze"][i]).float())
+        # Float32 crops at gazes that differ by rounding.
+        wanted = extract(picture, half_way[i, kept]).float()
+        torch.testing.assert_close(found["crops"][i, 1:], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick")
