@@ -38,6 +38,7 @@ __all__ = [
     "fit",
     "fit_clutter",
     "gaze_prior_options",
+    "jittered",
     "person_numbers",
     "weigh_evidence",
 ]
@@ -238,13 +239,25 @@ def crops_of(
 def _jittered(
     truth: Float[Tensor, "version 4"], pixels: float, share: float, generator: torch.Generator
 ) -> Float[Tensor, "version 4"]:
-    """Gazes about true ones, one each: normal, sds in canonical pixels, and in log-scale and radians."""
-    count = len(truth)
-    local = gazes.from_parts(
-        pixels * torch.randn(count, 2, generator=generator, dtype=torch.float64),
-        torch.exp(share * torch.randn(count, generator=generator, dtype=torch.float64)),
-        share * torch.randn(count, generator=generator, dtype=torch.float64),
-    )
+    """Gazes about true ones, one each, see `jittered`."""
+    parts = [torch.randn(len(truth), k, generator=generator, dtype=torch.float64) for k in (2, 1, 1)]
+    return jittered(truth, torch.cat(parts, -1), pixels, share)
+
+
+def jittered(
+    truth: Float[Tensor, "*batch 4"], noise: Float[Tensor, "*batch 4"], pixels: float, share: float
+) -> Float[Tensor, "*batch 4"]:
+    """Gazes about true ones.
+
+    Convention: gazes in scene pixels, `foveate.model.gaze`; offsets on the canonical side.
+
+    Args:
+        truth: the gazes.
+        noise: standard normal numbers: right, down, log-scale, rotation.
+        pixels: sd of both offsets, canonical pixels.
+        share: sd of log-scale and of the rotation in radians.
+    """
+    local = gazes.from_parts(pixels * noise[..., :2], torch.exp(share * noise[..., 2]), share * noise[..., 3])
     return gazes.compose(truth, local)
 
 

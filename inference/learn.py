@@ -1,13 +1,14 @@
 """Monte-Carlo EM: a run learns a new population from pictures without labels (Tang et al. 2014, sec. 3).
 
 E-step: in every scene the run looks for the object; two chains draw gazes from the heaviest mode's posterior, from
-where they ended in the round before if the mode is still there; patches near some draws are kept. M-step: guide,
-prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is weighed
-anew.
+where they ended in the round before if the mode is still there; patches at and about their mean are kept. M-step:
+guide, prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is
+weighed anew.
 
-Near the draws, not under them: `fit` tempers the posterior until a draw is as far from the mean as the mean is from the
-truth. A prior that has learned from patches under draws is blurred by both, so that the next posterior is wider, and so
-on from round to round. Half way between mean and draw three quarters of the draws' part of that blur are gone.
+Patches about the mean, not under the draws: the posterior is tempered (see `fit`) until a draw is as far from the mean as
+the mean is from the truth. A prior that has learned from patches under draws is blurred by both, so that the next
+posterior is wider, and so on from round to round. Instead they lie about the mean as widely as the draws of a run that
+has learned from labels do, in every round: as in `fit` a jitter about labels.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
@@ -48,12 +49,13 @@ from foveate.inference.fit import (
     coarse_pyramid,
     fit_clutter,
     gaze_prior_options,
+    jittered,
     weigh_evidence,
 )
 from foveate.inference.guide import GazeGuide
 from foveate.inference.guide_training import GuideData, train_glance, train_looks
 from foveate.inference.hmc import sample_batch
-from foveate.inference.noise import KeyedNoise, made_on_cpu, stream_keys
+from foveate.inference.noise import KeyedNoise, Purpose, made_on_cpu, stream_keys
 from foveate.inference.posterior import picture_hash
 from foveate.inference.prior_training import augmented_coordinates, train_dbn
 from foveate.inference.resume import digest, holds_work
@@ -69,9 +71,9 @@ __all__ = ["Monitor", "UnlabelledPictures", "learn"]
 # Scenes that are attended to together and written together; chains in each, draws that adapt and draws that are kept.
 PART = 16
 CHAINS, WARMUP, DRAWS = 2, 8, 10
-# Draws near which patches are kept beside the one at the posterior mean, and where on the way from mean to draw these
-# lie: half-way, as draws at a quarter of the temperature do (see the module).
-KEPT_DRAWS, NEARER = 5, 0.5
+# Patches that are kept of each scene beside the one at the posterior mean, and their jitter about it: canonical pixels,
+# and log-scale and radians (see the module).
+JITTERED, JITTER = 5, (0.4, 0.035)
 # An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
@@ -317,8 +319,8 @@ def _attended(
 
     Returns:
         ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
-        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + KEPT_DRAWS, 24, 24)``: at the mean and near some draws;
-        and what the next round's chains carry.
+        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + JITTERED, 24, 24)``: at the mean and about it; and what the
+        next round's chains carry.
     """
     pyramid = scene_pyramid(run.model, pictures)
     found = search(run.model, run.guide, pyramid)
@@ -346,8 +348,9 @@ def _attended(
     )
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))
-    some = draws.flatten(1, 2)[:, torch.linspace(0, CHAINS * DRAWS - 1, KEPT_DRAWS).round().long()]
-    at = torch.cat([mean[:, None], mean[:, None] + NEARER * (some - mean[:, None])], 1).cpu()
+    noise = torch.from_numpy(KeyedNoise(seed, keys).normal(Purpose.JITTER, 0, JITTERED, 4))
+    about = jittered(mean.cpu().expand(JITTERED, -1, -1), noise, *JITTER)
+    at = torch.cat([mean.cpu()[:, None], about.transpose(0, 1)], 1)
     # By the definition of extraction, as the bootstrap's crops are, not as the search reads the scene.
     crops = torch.stack([extract(picture, gaze).float() for picture, gaze in zip(pictures, at, strict=True)])
     present = torch.sigmoid(torch.logsumexp(found.log_weight, -1))
