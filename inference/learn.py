@@ -5,10 +5,10 @@ where they ended in the round before if the mode is still there; patches at and 
 guide, prior, clutter model and the prior over gazes are trained on what was found, and the evidence for a mode is
 weighed anew.
 
-Patches about the mean, not under the draws: the posterior is tempered (see `fit`) until a draw is as far from the mean as
-the mean is from the truth. A prior that has learned from patches under draws is blurred by both, so that the next
-posterior is wider, and so on from round to round. Instead they lie about the mean as widely as the draws of a run that
-has learned from labels do, in every round: as in `fit` a jitter about labels.
+Patches about the mean, not under the draws: the posterior is tempered (see `fit`) until a draw is as far from the mean
+as the mean is from the truth. A prior that has learned from patches under draws is blurred by both, so that the next
+posterior is wider, and so on from round to round. Instead they lie about the mean as `fit`'s lie about labels, in every
+round as widely as the draws of a run that has learned from labels do.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
@@ -319,8 +319,8 @@ def _attended(
 
     Returns:
         ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
-        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + JITTERED, 24, 24)``: at the mean and about it; and what the
-        next round's chains carry.
+        ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + JITTERED, 24, 24)``: at the mean and about it; and what
+        the next round's chains carry.
     """
     pyramid = scene_pyramid(run.model, pictures)
     found = search(run.model, run.guide, pyramid)
