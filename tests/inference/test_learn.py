@@ -627,7 +627,7 @@ def test_the_patches_beside_it_lie_about_the_mean_as_widely_as_labellers_differ(
 ) -> None:
     """Of 3 scenes × 5 patches × 30 seeds two offsets, log-scale and rotation are known: 900 numbers of each sd.
 
-    Three standard errors of an sd are then 7 %, of a mean 0.14 sd; under the draws it would be another sd in each scene.
+    Three standard errors of an sd are then 7 %, of a mean 0.14 sd; draws have another sd in each scene.
     """
     seen: list[Tensor] = []
     monkeypatch.setattr(learning, "extract", lambda picture, gaze: seen.append(gaze) or torch.zeros(len(gaze), 24, 24))
