@@ -7,8 +7,8 @@ weighed anew.
 
 Patches about the mean, not under the draws: the posterior is tempered (see `fit`) until a draw is as far from the mean
 as the mean is from the truth. A prior that has learned from patches under draws is blurred by both, so that the next
-posterior is wider, and so on from round to round. Instead they lie about the mean as `fit`'s lie about labels, in every
-round as widely as the draws of a run that has learned from labels do.
+posterior is wider, and so on from round to round. Instead they lie about the mean much as `fit`'s lie about labels,
+equally widely in every round.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have

@@ -622,9 +622,7 @@ def test_a_part_holds_the_mean_gaze_its_crop_and_how_surely_that_is_the_object(m
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_patches_beside_it_lie_about_the_mean_as_widely_as_labellers_differ(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_patches_beside_it_lie_about_the_mean_equally_widely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 scenes × 5 patches × 30 seeds two offsets, log-scale and rotation are known: 900 numbers of each sd.
 
     Three standard errors of an sd are then 7 %, of a mean 0.14 sd; draws have another sd in each scene.
@@ -637,10 +635,7 @@ def test_the_patches_beside_it_lie_about_the_mean_as_widely_as_labellers_differ(
     at = torch.stack(seen)
     assert at.shape == (90, 1 + learning.JITTERED, 4)
     local = gazes.parts(gazes.compose(gazes.inverse(at[:, :1]), at[:, 1:]))
-    for numbers, sd in (
-        (local.centre, 0.4),
-        (torch.stack([local.scale.log(), local.rotation], -1), 0.035),
-    ):
+    for numbers, sd in ((local.centre, 0.4), (torch.stack([local.scale.log(), local.rotation], -1), 0.035)):
         assert float(numbers.std()) == pytest.approx(sd, rel=0.07)
         assert bool((numbers.mean((0, 1)).abs() < 3 * sd / math.sqrt(450)).all())
     # No two are the same, and another seed's are others.
