@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from foveate.inference.attend import SPREAD, Candidates, mode_points, odds_score, scene_pyramid, search
@@ -230,32 +230,33 @@ def crops_of(
     """
     kept = []
     for i in range(len(scenes)):
-        jittered = _jittered(truth[i].double().expand(VERSIONS - 1, 4), 0.4, 0.02, generator)
-        every = torch.cat([truth[i : i + 1].double(), jittered])
+        about = jittered(truth[i].double(), _normal(VERSIONS - 1, generator), 0.4, 0.02)
+        every = torch.cat([truth[i : i + 1].double(), about])
         kept.append(extract(scenes.pictures([i])[0], every).float())
     return torch.stack(kept)
 
 
-def _jittered(
-    truth: Float[Tensor, "version 4"], pixels: float, share: float, generator: torch.Generator
-) -> Float[Tensor, "version 4"]:
-    """Gazes about true ones, one each, see `jittered`."""
-    parts = [torch.randn(len(truth), k, generator=generator, dtype=torch.float64) for k in (2, 1, 1)]
-    return jittered(truth, torch.cat(parts, -1), pixels, share)
+def _normal(count: int, generator: torch.Generator) -> Float64[Tensor, "count 4"]:
+    """Standard normal numbers for `jittered`."""
+    parts = [torch.randn(count, k, generator=generator, dtype=torch.float64) for k in (2, 1, 1)]
+    return torch.cat(parts, -1)
 
 
 def jittered(
-    truth: Float[Tensor, "*batch 4"], noise: Float[Tensor, "*batch 4"], pixels: float, share: float
+    truth: Float[Tensor, "*#batch 4"], noise: Float[Tensor, "*batch 4"], pixels: float, share: float
 ) -> Float[Tensor, "*batch 4"]:
     """Gazes about true ones.
 
     Convention: gazes in scene pixels, `foveate.model.gaze`; offsets on the canonical side.
 
     Args:
-        truth: the gazes.
+        truth: the gazes; one may stand for many.
         noise: standard normal numbers: right, down, log-scale, rotation.
         pixels: sd of both offsets, canonical pixels.
         share: sd of log-scale and of the rotation in radians.
+
+    Returns:
+        One gaze for each row of `noise`.
     """
     local = gazes.from_parts(pixels * noise[..., :2], torch.exp(share * noise[..., 2]), share * noise[..., 3])
     return gazes.compose(truth, local)
@@ -268,7 +269,7 @@ def _misaligned(
 
     Where gazes are found and not marked, people are told apart better so than by crops with a labeller's jitter.
     """
-    gaze = torch.stack([_jittered(of.expand(4, 4), 0.8, 0.05, generator) for of in truth.double()])
+    gaze = torch.stack([jittered(of, _normal(4, generator), 0.8, 0.05) for of in truth.double()])
     return pyramid.extract(gaze).float()
 
 
@@ -300,7 +301,7 @@ def fit_clutter(
     y = density_coordinates(_other_windows(data, count, 0.05, generator)).float()
     model.clutter = ClutterModel.fit(y)
     scene = data.draw(2 * len(y), generator)
-    gaze = _jittered(data.gaze[scene].double(), *NEAR_MISS, generator)
+    gaze = jittered(data.gaze[scene].double(), _normal(len(scene), generator), *NEAR_MISS)
     overlap = gazes.overlap(gaze, data.gaze[scene].double())
     partly = ((overlap > PARTLY[0]) & (overlap < PARTLY[1])).nonzero().flatten()[: len(y)]
     in_part = density_coordinates(data.pyramid.extract(gaze[partly], scene=scene[partly])).float()

@@ -349,7 +349,7 @@ def _attended(
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))
     noise = torch.from_numpy(KeyedNoise(seed, keys).normal(Purpose.JITTER, 0, JITTERED, 4))
-    about = jittered(mean.cpu().expand(JITTERED, -1, -1), noise, *JITTER)
+    about = jittered(mean.cpu(), noise, *JITTER)
     at = torch.cat([mean.cpu()[:, None], about.transpose(0, 1)], 1)
     # By the definition of extraction, as the bootstrap's crops are, not as the search reads the scene.
     crops = torch.stack([extract(picture, gaze).float() for picture, gaze in zip(pictures, at, strict=True)])
