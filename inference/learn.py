@@ -10,6 +10,13 @@ as the mean is from the truth. A prior that has learned from patches under draws
 posterior is wider, and so on from round to round. Instead they lie about the mean much as `fit`'s lie about labels,
 equally widely in every round.
 
+Where exactly the square lies about what was found, its middle decides: from the second E-step on the mean is that of
+the odds of the pixels within a disc, by the round's own prior and clutter model. Towards the corners a square shows
+what is beside the object, and a prior that has learned from squares found with it holds them to the outline: of a
+head that is turned aside the square then takes the middle of the head, not that of the face. Nothing tells it so
+afterwards, since all that is trained is trained on those squares. Not in the first E-step: pixels of another population
+do not know where this one's objects are.
+
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
 then seen the population, and a guide that was trained on draws would confirm them, wrong ones as well, so that what is
@@ -41,7 +48,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.inference.attend import MERGE, TRAJECTORIES, chain_starts, mode_potential, scene_pyramid, search
+from foveate.inference.attend import (
+    MERGE,
+    TRAJECTORIES,
+    chain_starts,
+    mode_points,
+    mode_potential,
+    scene_pyramid,
+    search,
+)
 from foveate.inference.checkpoint import Run, atomic_file, load, require_known_prior, save, write_json
 from foveate.inference.fit import (
     Progress,
@@ -63,7 +78,7 @@ from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid, density_coordinates, extract
+from foveate.model.patch import Pyramid, density_coordinates, disc, extract
 from foveate.model.threads import in_parallel
 
 __all__ = ["Monitor", "UnlabelledPictures", "learn"]
@@ -74,6 +89,9 @@ CHAINS, WARMUP, DRAWS = 2, 8, 10
 # Patches that are kept of each scene beside the one at the posterior mean, and their jitter about it: canonical pixels,
 # and log-scale and radians (see the module).
 JITTERED, JITTER = 5, (0.4, 0.035)
+# The disc that places the square, canonical pixels about its middle; temperature of the odds of its pixels; and points
+# about a mode at which they are read (see the module).
+DISC, DISC_TEMPERATURE, DISC_POINTS = 9.0, 8.0, 256
 # An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
@@ -318,7 +336,8 @@ def _attended(
     """One part of an E-step; `keys` are those of the scenes' random numbers.
 
     Returns:
-        ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean;
+        ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean, from the
+        second round on `_recentred`;
         ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + JITTERED, 24, 24)``: at the mean and about it; and what
         the next round's chains carry.
     """
@@ -348,6 +367,8 @@ def _attended(
     )
     draws = gazes.LocalChart(base[:, None, None]).to_gaze(z)
     mean = draws.mean((1, 2))
+    if before is not None:
+        mean = _recentred(run.model, pyramid, mean, sd)
     noise = torch.from_numpy(KeyedNoise(seed, keys).normal(Purpose.JITTER, 0, JITTERED, 4))
     about = jittered(mean.cpu(), noise, *JITTER)
     at = torch.cat([mean.cpu()[:, None], about.transpose(0, 1)], 1)
@@ -362,6 +383,27 @@ def _attended(
         **adaptation,
     }
     return {name: value.detach().cpu().contiguous() for name, value in result.items()}
+
+
+def _recentred(
+    model: AttentionModel, pyramid: Pyramid, gaze: Float[Tensor, "scene 4"], sd: Float[Tensor, "scene 4"]
+) -> Float[Tensor, "scene 4"]:
+    """Where the middle of the square says that the square is: the mean of its own posterior about `gaze`.
+
+    Convention: gazes in scene pixels, `foveate.model.gaze`; `sd`, of the points, in the units of `LocalChart`.
+    """
+    points = mode_points(gaze[:, None], sd[:, None], DISC_POINTS)
+    at = points.gaze[:, 0]
+    y = density_coordinates(pyramid.extract(at))
+    of_object, of_clutter = model.marginal_densities()
+    assert of_clutter is not None
+    rows = disc(DISC).to(y)
+    seen = y @ rows.T
+    log_odds = (of_object.marginal(rows).log_prob(seen) - of_clutter.marginal(rows).log_prob(seen)).double()
+    rest = gazes.log_prior(model.prior(pyramid.size.double()[:, None]), at) + (points.log_det - points.log_q)[:, 0]
+    # Where the prior forbids all points they weigh the same.
+    weight = torch.softmax((log_odds / DISC_TEMPERATURE + rest).clamp(min=-1e30), -1)
+    return (weight[..., None] * at).sum(1)
 
 
 def _certainty(found: _Parts, before: _Parts | None) -> Float[Tensor, " scene"]:

@@ -117,6 +117,16 @@ class EllipticalDensity(nn.Module):
         constant = torch.lgamma((nu + d) / 2) - torch.lgamma(nu / 2) - 0.5 * d * torch.log(math.pi * (nu - 2))
         return constant - half_log_det - 0.5 * (nu + d) * torch.log1p(q / (nu - 2))
 
+    def marginal(self, directions: Float[Tensor, "row dimension"]) -> "EllipticalDensity":
+        """The density of ``directions @ y``: of the same kind, with the same ν.
+
+        Raises:
+            InputError: the rows are not linearly independent.
+        """
+        rows = directions.double()
+        root = rows @ self.axes.double() * self.variances.double().sqrt()
+        return EllipticalDensity((rows @ self.mean.double()).to(self.mean.dtype), root @ root.T, float(self.nu))
+
     def sample(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "count dimension"]:
         """Exact draws, by way of the latent factor."""
         like = {"dtype": self.mean.dtype, "device": self.mean.device}

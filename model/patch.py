@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +27,7 @@ __all__ = [
     "LEVELS",
     "Pyramid",
     "density_coordinates",
+    "disc",
     "extract",
     "from_density_coordinates",
     "normalise",
@@ -350,6 +351,24 @@ def from_density_coordinates(y: Float[Tensor, "*batch 575"]) -> Float[Tensor, "*
     """The normalised (zero-mean) patch ``n = B y`` of density coordinates."""
     padded = functional.pad(y, (1, 0))
     return _reflect(padded).unflatten(-1, (gazes.CANONICAL_SIZE, gazes.CANONICAL_SIZE))
+
+
+def disc(radius: float) -> Float64[Tensor, "pixel 575"]:
+    """Rows of B: ``disc(radius) @ y`` are the normalised intensities of the pixels less than `radius` from the centre.
+
+    Convention: `radius` in canonical pixels; the centre of the patch is between its four middle pixels.
+
+    Raises:
+        InputError: the radius reaches no pixel, or all of them, whose intensities are not independent (they sum to 0).
+    """
+    half = (gazes.CANONICAL_SIZE - 1) / 2
+    if not math.sqrt(0.5) < radius <= half * math.sqrt(2):
+        raise InputError(
+            f"radius {radius}: a disc has some pixels of the patch and not all, so 0.71 to {half * math.sqrt(2):.2f}"
+        )
+    place = torch.arange(gazes.CANONICAL_SIZE, dtype=torch.float64) - half
+    inside = (place[:, None].square() + place.square() < radius**2).flatten()
+    return from_density_coordinates(torch.eye(PIXELS - 1, dtype=torch.float64)).flatten(1).T[inside]
 
 
 def _reflect(n: Tensor) -> Tensor:

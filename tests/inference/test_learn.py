@@ -11,11 +11,12 @@ import sklearn.datasets
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy import stats
 from torch import Tensor
 
 from foveate.data import Scenes, UnlabelledScenes, compose_scenes, orl_clutter, orl_scenes, photographs
 from foveate.inference import guide_training
-from foveate.inference.attend import Candidates, search
+from foveate.inference.attend import Candidates, mode_points, search
 from foveate.inference.checkpoint import Run, load, save
 from foveate.inference.fit import coarse_pyramid, fit, fit_clutter
 from foveate.inference.guide import GazeGuide
@@ -28,7 +29,7 @@ from foveate.model.clutter import ClutterModel
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer
 from foveate.model.density import EllipticalDensity
 from foveate.model.errors import InputError
-from foveate.model.patch import Pyramid, density_coordinates, extract
+from foveate.model.patch import Pyramid, density_coordinates, extract, from_density_coordinates, normalise
 from foveate.model.rbm import BernoulliRBM
 
 # The package's function `learn` hides the module of the same name.
@@ -619,6 +620,96 @@ def test_a_part_holds_the_mean_gaze_its_crop_and_how_surely_that_is_the_object(m
     torch.testing.assert_close(found["gaze"], found["draws"].mean((1, 2)), rtol=0, atol=1e-12)
     for i, picture in enumerate(scenes.pictures()):
         assert torch.equal(found["crops"][i, 0], extract(picture, found["gaze"][i]).float())
+
+
+@pytest.mark.usefixtures("quick")
+def test_from_the_second_round_on_the_gaze_is_where_the_middle_of_the_square_puts_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def beside(model: AttentionModel, pyramid: Pyramid, gaze: Tensor, sd: Tensor) -> Tensor:
+        given.append((gaze, sd))
+        return gaze + torch.tensor([0.0, 0.0, 3.0, -2.0], dtype=torch.float64)
+
+    monkeypatch.setattr(learning, "_recentred", beside)
+    scenes, run = soft_scenes(3), small_run()
+    before = learning._attended(run, scenes.pictures(), stream_keys(scenes.names), None, 0)
+    assert not given
+    found = learning._attended(run, scenes.pictures(), stream_keys(scenes.names), before, 1)
+    mean = found["draws"].mean((1, 2))
+    torch.testing.assert_close(given[0][0], mean, rtol=0, atol=1e-12)
+    assert torch.equal(given[0][1], torch.ones(3, 4).double())  # those of the mode
+    moved = mean + torch.tensor([0.0, 0.0, 3.0, -2.0], dtype=torch.float64)
+    torch.testing.assert_close(found["gaze"], moved, rtol=0, atol=1e-12)
+    for i, picture in enumerate(scenes.pictures()):
+        assert torch.equal(found["crops"][i, 0], extract(picture, found["gaze"][i]).float())
+
+
+def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same mean written out: pixels picked from the normalised patch, SciPy's Student-t of their covariances."""
+    monkeypatch.setattr(learning, "DISC", 2.2)
+    monkeypatch.setattr(learning, "DISC_POINTS", 8)
+    generator = torch.Generator().manual_seed(4)
+    roots = [torch.randn(575, 575, generator=generator, dtype=torch.float64) / 24 for _ in range(2)]
+    means = [0.3 * torch.randn(575, generator=generator, dtype=torch.float64) for _ in range(2)]
+    covariances = [root @ root.T + 0.05 * torch.eye(575).double() for root in roots]
+    densities = [EllipticalDensity(m, c, nu) for m, c, nu in zip(means, covariances, (8.0, 5.0), strict=True)]
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), densities[0])
+    model = AttentionModel(dbn, ClutterModel(densities[1]), noise=0.2, prior_options={"typical": 0.4})
+    pyramid = Pyramid.build([picture.double() for picture in soft_scenes(2).pictures()])
+    gaze = torch.tensor([[0.8, 0.05, 24.0, 20.0], [0.7, 0.0, 20.0, 25.0]], dtype=torch.float64)
+    sd = torch.tensor([[0.8, 0.5, 1.0, 0.4], [0.3, 0.9, 0.6, 1.2]], dtype=torch.float64)
+    found = learning._recentred(model, pyramid, gaze, sd)
+
+    inside = [r * 24 + c for r in range(24) for c in range(24) if math.hypot(r - 11.5, c - 11.5) < 2.2]
+    basis = from_density_coordinates(torch.eye(575).double()).flatten(1).T[inside]
+    laws = [
+        stats.multivariate_t(
+            (basis @ m).numpy(), (basis @ (c + 0.04 * torch.eye(575)) @ basis.T).numpy() * (nu - 2) / nu, df=nu
+        )
+        for m, c, nu in zip(means, covariances, (8.0, 5.0), strict=True)
+    ]
+    points = mode_points(gaze[:, None], sd[:, None], 8)
+    for i in range(2):
+        log_p = []
+        for k in range(8):
+            at = points.gaze[i, 0, k]
+            pixels = normalise(pyramid.extract(at[None], scene=torch.tensor([i])))[0].flatten()[inside].numpy()
+            rest = gazes.log_prior(model.prior(pyramid.size[i].double()), at) + points.log_det[i, 0, k]
+            log_p.append((laws[0].logpdf(pixels) - laws[1].logpdf(pixels)) / learning.DISC_TEMPERATURE + float(rest))
+        weight = torch.softmax(torch.tensor(log_p) - points.log_q[i, 0], 0)
+        torch.testing.assert_close(found[i], weight @ points.gaze[i, 0], rtol=0, atol=1e-9)  # float64
+
+
+@pytest.mark.parametrize(("radius", "away"), [(9.0, (0.0, 0.3)), (16.2, (0.7, 3.0))])
+def test_what_is_beside_the_object_does_not_move_its_square(
+    monkeypatch: pytest.MonkeyPatch, radius: float, away: tuple[float, float]
+) -> None:
+    """An object whose surroundings are seen three canonical pixels aside: by its middle it is where it is.
+
+    All of the square, and the surroundings pull it: the points lie a fifth of a pixel apart, and a third is allowed.
+    """
+    monkeypatch.setattr(learning, "DISC", radius)
+
+    def look(aside: float) -> Tensor:
+        place = (torch.arange(120.0) - 59.5) / 2  # canonical pixels, two scene pixels each
+        y, x = torch.meshgrid(place, place, indexing="ij")
+        middle = torch.sin(0.9 * x) * torch.cos(0.8 * y)
+        ring = torch.sin(0.7 * (x - aside) + 1) * torch.cos(0.9 * y + 2) * 2
+        return 0.5 + 0.2 * torch.where(x**2 + y**2 < 9.5**2, middle, ring)
+
+    truth = torch.tensor([[2.0, 0.0, 59.5, 59.5]], dtype=torch.float64)
+    y = density_coordinates(extract(look(0.0), truth))[0].float()
+    core = EllipticalDensity(y, 0.3 * torch.eye(575))
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), core)
+    clutter = ClutterModel(EllipticalDensity(torch.zeros(575), torch.eye(575)))
+    model = AttentionModel(dbn, clutter, noise=0.1, prior_options={"typical": 0.4})
+    start = gazes.compose(truth, gazes.from_parts(torch.tensor([[0.8, 0.0]]).double(), torch.ones(1), torch.zeros(1)))
+    sd = torch.tensor([[1.0, 0.5, 0.3, 0.3]], dtype=torch.float64)
+    found = learning._recentred(model, Pyramid.build([look(3.0)]), start, sd)
+    off = gazes.parts(gazes.compose(gazes.inverse(truth), found)).centre.norm()
+    assert away[0] <= float(off) <= away[1]
 
 
 @pytest.mark.usefixtures("quick")

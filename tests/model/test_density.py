@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 
 from foveate.model.density import EllipticalDensity, choose_elliptical
 from foveate.model.errors import InputError
@@ -33,6 +33,34 @@ def test_without_degrees_of_freedom_it_is_the_gaussian() -> None:
     mean, covariance, y = problem()
     scipys = stats.multivariate_normal(mean.numpy(), covariance.numpy()).logpdf(y.numpy())
     np.testing.assert_allclose(EllipticalDensity(mean, covariance).log_prob(y).numpy(), scipys, rtol=1e-10)  # float64
+
+
+@pytest.mark.parametrize("nu", [math.inf, 6.0])
+def test_a_marginal_is_the_integral_over_the_rest(nu: float) -> None:
+    mean, covariance, _ = problem(2)
+    density = EllipticalDensity(mean, covariance, nu)
+    turn = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+    seen = density.marginal(turn[:1])
+
+    def along(rest: float, at: float) -> float:
+        return float(density.log_prob(turn.T @ torch.tensor([at, rest], dtype=torch.float64)).exp())
+
+    for at in (-1.0, 0.5, 2.0):
+        expected = integrate.quad(along, -np.inf, np.inf, args=(at,), epsabs=1e-12, epsrel=1e-10)[0]
+        found = float(seen.log_prob(torch.tensor([at], dtype=torch.float64)).exp())
+        assert found == pytest.approx(expected, rel=1e-7)  # the quadrature's
+
+
+@pytest.mark.parametrize("nu", [math.inf, 6.0])
+def test_a_marginal_along_any_rows_is_scipys(nu: float) -> None:
+    mean, covariance, y = problem()
+    rows = torch.randn(3, 5, dtype=torch.float64)
+    found = EllipticalDensity(mean, covariance, nu).marginal(rows).log_prob(y @ rows.T)
+    m, c = (rows @ mean).numpy(), (rows @ covariance @ rows.T).numpy()
+    law = stats.multivariate_normal(m, c) if math.isinf(nu) else stats.multivariate_t(m, c * (nu - 2) / nu, df=nu)
+    np.testing.assert_allclose(found.numpy(), law.logpdf((y @ rows.T).numpy()), rtol=1e-10)  # float64
+    with pytest.raises(InputError, match="smallest eigenvalue"):
+        EllipticalDensity(mean, covariance, nu).marginal(torch.cat([rows, -rows[:1]]))
 
 
 @pytest.mark.parametrize("nu", [math.inf, 6.0])

@@ -18,6 +18,7 @@ from foveate.model.patch import (
     LEVELS,
     Pyramid,
     density_coordinates,
+    disc,
     extract,
     from_density_coordinates,
     normalise,
@@ -478,6 +479,24 @@ def test_density_coordinates_are_an_orthonormal_view_of_the_normalised_patch() -
     torch.testing.assert_close(y.norm(dim=-1), normalise(patches).flatten(1).norm(dim=-1))
     back = torch.randn(5, 575, dtype=torch.float64)
     torch.testing.assert_close(from_density_coordinates(back).mean((1, 2)), torch.zeros(5).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("radius", "pixels"), [(0.8, 4), (9.0, 256), (12.0, 448)])
+def test_a_disc_reads_the_pixels_about_the_middle_off_density_coordinates(radius: float, pixels: int) -> None:
+    patches = torch.rand(3, 24, 24, dtype=torch.float64)
+    inside = [r * 24 + c for r in range(24) for c in range(24) if math.hypot(r - 11.5, c - 11.5) < radius]
+    expected = normalise(patches).flatten(1)[:, inside]
+    rows = disc(radius)
+    assert rows.shape == (pixels, 575)
+    torch.testing.assert_close(density_coordinates(patches) @ rows.T, expected, rtol=0, atol=1e-12)
+    # All intensities but one are independent.
+    assert int(torch.linalg.matrix_rank(rows)) == pixels
+
+
+@pytest.mark.parametrize("radius", [0.5, 16.3, math.nan])
+def test_a_disc_without_pixels_or_with_all_is_refused(radius: float) -> None:
+    with pytest.raises(InputError, match=r"a disc has some pixels of the patch and not all, so 0.71 to 16.26"):
+        disc(radius)
 
 
 def test_light_changes_nothing_but_what_the_floor_lets_through() -> None:
