@@ -232,7 +232,7 @@ def beats_random_gazes(
     """
     truth = scenes.gazes
     assert truth is not None
-    clutter = model.marginal_densities()[1]
+    clutter = model.clutter_density()
     baselines = {n: NoisyDensity.through(model.baseline(n), model.noise) for n in ("gaussian", "student_t")}
     wins: dict[str, list[bool]] = {name: [] for name in ("odds", "odds_elsewhere", *baselines)}
     for i in tqdm(range(len(scenes)), desc="random gazes", disable=None):

@@ -592,7 +592,10 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
     if model.identity is not None and dense_clutter is not None:
         person = PersonRatio(model.identity, model.identity.coordinates(canonical))
         return OddsScore(dense_object, dense_clutter, temperature, person, model.edges)
-    return OddsScore(CanonicalDensity(density_coordinates(canonical), float(model.noise)), dense_clutter, temperature)
+    # All of the square: the image is known up to its rim.
+    with torch.no_grad():
+        clutter = model.clutter_density()
+    return OddsScore(CanonicalDensity(density_coordinates(canonical), float(model.noise)), clutter, temperature)
 
 
 @contextmanager

@@ -115,6 +115,8 @@ def load(path: str | os.PathLike) -> Run:
             prior_options=model_form["prior_options"],
             identity=None if directions is None else IdentityModel.blank(directions),
             edges=EdgeOdds.blank() if model_form["edges"] else None,
+            # Runs of earlier versions have none.
+            aperture=model_form.get("aperture"),
         )
         # Its first weights are thrown away, and nobody's random numbers with them.
         with torch.random.fork_rng(devices=[]):

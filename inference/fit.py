@@ -61,6 +61,8 @@ NEAR_MISS, PARTLY = (5.0, 0.25), (0.2, 0.7)
 WORST = -25.0
 # Points that a mode's posterior is normalised with: how many, and over what share of the mode's width they are spread.
 WIDE_POINTS, NARROW_POINTS, NARROW = 512, 256, (0.25, 0.0625)
+# What tells the object from clutter is taken from this disc of its square, canonical pixels about the middle.
+APERTURE = 9.0
 # How much edges say beside pixels, and from how many times as many windows the likeliest are taken to tell them from.
 EDGES_SAY, MINED = 3.0, 12
 # Weights of (integrated log-odds, recognition logit, presence logit) where scenes held out do not say otherwise, as few
@@ -183,7 +185,7 @@ def fit(
         seed=seed,
         progress=checked,
     )
-    model = AttentionModel(dbn, noise=noise, prior_options=gaze_prior_options(pyramid, truth))
+    model = AttentionModel(dbn, noise=noise, prior_options=gaze_prior_options(pyramid, truth), aperture=APERTURE)
     if person is not None:
         beside = _misaligned(pyramid[train], truth[train], torch.Generator().manual_seed(seed))
         model.identity = IdentityModel.fit(torch.cat([crops[train, :1], beside], 1), person[train], seed)
@@ -306,9 +308,10 @@ def fit_clutter(
     partly = ((overlap > PARTLY[0]) & (overlap < PARTLY[1])).nonzero().flatten()[: len(y)]
     in_part = density_coordinates(data.pyramid.extract(gaze[partly], scene=scene[partly])).float()
     others = torch.cat([y, in_part])
-    model.edges = _with_their_say(model, EdgeOdds.fit(of_object, others), of_object, y)
+    model.edges = _with_their_say(model, EdgeOdds.fit(of_object, others, model.aperture), of_object, y)
     alike = _likeliest_windows(model, data, count, generator)
-    model.edges = _with_their_say(model, EdgeOdds.fit(of_object, torch.cat([others, alike])), of_object, y)
+    with_those = EdgeOdds.fit(of_object, torch.cat([others, alike]), model.aperture)
+    model.edges = _with_their_say(model, with_those, of_object, y)
 
 
 def _other_windows(data: GuideData, count: int, most: float, generator: torch.Generator) -> Float[Tensor, "n 24 24"]:

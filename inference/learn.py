@@ -11,11 +11,11 @@ posterior is wider, and so on from round to round. Instead they lie about the me
 equally widely in every round.
 
 Where exactly the square lies about what was found, its middle decides: from the second E-step on the mean is that of
-the odds of the pixels within a disc, by the round's own prior and clutter model. Towards the corners a square shows
-what is beside the object, and a prior that has learned from squares found with it holds them to the outline: of a
-head that is turned aside the square then takes the middle of the head, not that of the face. Nothing tells it so
-afterwards, since all that is trained is trained on those squares. Not in the first E-step: pixels of another population
-do not know where this one's objects are.
+the odds of the pixels within the aperture alone, by the round's own prior and clutter model. Edges, as the model
+weighs them, and what a square shows towards its corners have been learned from squares that were found with them, and
+hold new ones to the outline: of a head that is turned aside the square then takes the middle of the head, not that of
+the face. Nothing tells it so afterwards, since all that is trained is trained on those squares. Not in the first
+E-step: pixels of another population do not know where this one's objects are.
 
 Where the start takes its guide's belief as a prior of the gaze, the first E-step does so, too: it holds the chains
 where the odds do not know the population yet. From the first M-step on the guide proposes and no more: the odds have
@@ -59,6 +59,7 @@ from foveate.inference.attend import (
 )
 from foveate.inference.checkpoint import Run, atomic_file, load, require_known_prior, save, write_json
 from foveate.inference.fit import (
+    APERTURE,
     Progress,
     ScenePictures,
     coarse_pyramid,
@@ -89,9 +90,9 @@ CHAINS, WARMUP, DRAWS = 2, 8, 10
 # Patches that are kept of each scene beside the one at the posterior mean, and their jitter about it: canonical pixels,
 # and log-scale and radians (see the module).
 JITTERED, JITTER = 5, (0.4, 0.035)
-# The disc that places the square, canonical pixels about its middle; temperature of the odds of its pixels; and points
-# about a mode at which they are read (see the module).
-DISC, DISC_TEMPERATURE, DISC_POINTS = 9.0, 8.0, 256
+# The middle places the square: temperature of the odds of the pixels within the aperture, and points about a mode at
+# which they are read (see the module).
+MIDDLE_TEMPERATURE, MIDDLE_POINTS = 8.0, 256
 # An M-step reads at most so many texels of scenes (a byte each), whatever their number and size.
 MOST_TEXELS = 800_000_000
 # Pictures without the object that an M-step reads at most.
@@ -392,17 +393,16 @@ def _recentred(
 
     Convention: gazes in scene pixels, `foveate.model.gaze`; `sd`, of the points, in the units of `LocalChart`.
     """
-    points = mode_points(gaze[:, None], sd[:, None], DISC_POINTS)
+    points = mode_points(gaze[:, None], sd[:, None], MIDDLE_POINTS)
     at = points.gaze[:, 0]
     y = density_coordinates(pyramid.extract(at))
     of_object, of_clutter = model.marginal_densities()
     assert of_clutter is not None
-    rows = disc(DISC).to(y)
-    seen = y @ rows.T
-    log_odds = (of_object.marginal(rows).log_prob(seen) - of_clutter.marginal(rows).log_prob(seen)).double()
+    basis = disc(APERTURE).to(y)
+    log_odds = (of_object.within(basis).log_prob(y) - of_clutter.within(basis).log_prob(y)).double()
     rest = gazes.log_prior(model.prior(pyramid.size.double()[:, None]), at) + (points.log_det - points.log_q)[:, 0]
     # Where the prior forbids all points they weigh the same.
-    weight = torch.softmax((log_odds / DISC_TEMPERATURE + rest).clamp(min=-1e30), -1)
+    weight = torch.softmax((log_odds / MIDDLE_TEMPERATURE + rest).clamp(min=-1e30), -1)
     return (weight[..., None] * at).sum(1)
 
 

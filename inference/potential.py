@@ -260,7 +260,8 @@ class OddsScore:
                 centre = from_density_coordinates(density.mean.detach().double()).flatten()
                 precision = (axes / density.variances.double()) @ axes.T
                 least = -float(density.log_prob(density.mean))
-                forms.append(_Form(sign, centre.to(like), (centre @ precision).to(like), least, float(density.nu)))
+                pull = (centre @ precision).to(like)
+                forms.append(_Form(sign, centre.to(like), pull, least, float(density.nu), density.seen))
                 matrices.append(precision.to(like))
             axes, curvature, offset = like.new_empty(0, 0), like.new_empty(0), 0.0
             if self.edges is not None:
@@ -413,25 +414,29 @@ _POINTS = CANONICAL_SIZE**2
 
 
 class _Form(NamedTuple):
-    """An elliptical density of the normalised patch n: ``least`` is its energy at the centre, ``pull = P centre``."""
+    """An elliptical density of the normalised patch n: ``least`` is its energy at the centre, ``pull = P centre``.
+
+    ``seen`` is the number of coordinates that it is of.
+    """
 
     sign: float
     centre: Tensor
     pull: Tensor
     least: float
     nu: float
+    seen: int
 
     def energy(self, square: Tensor) -> Tensor:
         """Signed energy by the square ``(n − centre)ᵀ P (n − centre)``."""
         if math.isinf(self.nu):
             return self.sign * (self.least + 0.5 * square)
-        return self.sign * (self.least + 0.5 * (self.nu + _POINTS - 1) * torch.log1p(square / (self.nu - 2)))
+        return self.sign * (self.least + 0.5 * (self.nu + self.seen) * torch.log1p(square / (self.nu - 2)))
 
     def slope(self, square: Tensor, pulled: Tensor) -> Tensor:
         """Its derivatives by n; `pulled` is ``P (n − centre)``."""
         if math.isinf(self.nu):
             return self.sign * pulled
-        factor = self.sign * (self.nu + _POINTS - 1) / (self.nu - 2) / (1 + square / (self.nu - 2))
+        factor = self.sign * (self.nu + self.seen) / (self.nu - 2) / (1 + square / (self.nu - 2))
         return factor[:, None] * pulled
 
 

@@ -32,7 +32,7 @@ from foveate.model.density import EllipticalDensity
 from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
-from foveate.model.patch import Pyramid, density_coordinates
+from foveate.model.patch import Pyramid, density_coordinates, disc
 
 __all__ = ["AttentionModel", "SceneLikelihood", "as_picture", "as_pyramid"]
 
@@ -118,7 +118,7 @@ class SceneLikelihood(TorchDistribution):
 
     ``log_prob(y) = (log p_object(y) − log p_clutter(y) + what its edges say) / temperature``: the log-odds of the
     patch, which is the log-density of the whole picture up to a constant. Drawing from it draws the patch from the
-    object's density.
+    object's density; what an aperture hides is then as in the mean.
 
     Args:
         object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
@@ -180,6 +180,9 @@ class AttentionModel(PyroModule):
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
         prior_options: keyword arguments of the gaze prior.
         edges: odds of the patch's edges, in the collapsed form; None leaves the pixels alone to judge.
+        aperture: radius in canonical pixels of the disc of the patch that the collapsed form's pixels are taken from;
+            None takes all. Towards the corners a square shows what is beside the object, which says less about where
+            it is than it does about who or where else. (`EdgeOdds.fit` has an aperture of its own.)
         identity: what tells people apart, for attending to the person of a given picture; None if nobody taught it.
         latent: which density the program is:
 
@@ -189,8 +192,9 @@ class AttentionModel(PyroModule):
               recognises in its mean image), so p(u, v, I | h) up to log p(h), which needs the DBN's log Z. Gaze and
               canonical are continuous: stock HMC and NUTS run.
             * ``"collapsed"``: p̃(u, I), the gaze alone; v and h are integrated out of the *surrogate* prior, one
-              Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`), and what the patch's
-              edges say is added (`EdgeOdds`). Stock HMC and NUTS run.
+              Student-t with the DBN's own covariance, seen through the noise (`NoisyDensity`) and, where there is
+              clutter to tell it from, the aperture; what the patch's edges say is added (`EdgeOdds`). Stock HMC and
+              NUTS run.
 
     Convention: gazes as `foveate.model.gaze`; canonical images and patches are density coordinates ``(scene, 575)``.
     """
@@ -206,6 +210,7 @@ class AttentionModel(PyroModule):
         prior_options: dict[str, float] | None = None,
         identity: IdentityModel | None = None,
         edges: EdgeOdds | None = None,
+        aperture: float | None = None,
         latent: Literal["full", "given_hidden", "collapsed"] = "full",
     ):
         super().__init__()
@@ -213,7 +218,8 @@ class AttentionModel(PyroModule):
         self.clutter = clutter
         self.identity = identity
         self.edges = edges
-        self.noise, self.temperature = noise, temperature
+        self.noise, self.temperature, self.aperture = noise, temperature, aperture
+        self._seen = _Seen()
         # What the prior has to beat, fitted on the same crops: kept with the model so that every evaluation can say so.
         self.baselines = torch.nn.ModuleDict(
             {name: EllipticalDensity.blank(dbn.core.dimension) for name in ("gaussian", "student_t")}
@@ -226,6 +232,12 @@ class AttentionModel(PyroModule):
             raise InputError(f"latent={value!r}: one of {', '.join(LATENTS)}")
         if name == "gaze_prior" and value not in tuple(PRIORS):
             raise InputError(f"gaze_prior={value!r}: 'proper' or 'flat'")
+        if name == "aperture" and value is not None:
+            radius = _number(name, value)
+            try:
+                disc(radius)
+            except InputError as error:
+                raise InputError(f"aperture={radius}: {error}") from None
         # What Pyro samples or learns in place of a number has a law of its own.
         if name in NUMBERS and not isinstance(value, PyroSample | PyroParam):
             number = _number(name, value)
@@ -266,6 +278,7 @@ class AttentionModel(PyroModule):
             "clutter": self.clutter is not None,
             "identity": None if self.identity is None else len(self.identity.between),
             "edges": self.edges is not None,
+            "aperture": None if self.aperture is None else _number("aperture", self.aperture),
         }
 
     def _is_no_number(self, name: str) -> bool:
@@ -299,9 +312,17 @@ class AttentionModel(PyroModule):
         return kind(size, **options)
 
     def marginal_densities(self) -> tuple[NoisyDensity, NoisyDensity | None]:
-        """Object and clutter densities of y in the collapsed form, both seen through the noise."""
-        clutter = None if self.clutter is None else NoisyDensity.through(self.clutter.density, self.noise)
-        return NoisyDensity.through(self.dbn.core, self.noise), clutter
+        """Object and clutter densities of y in the collapsed form, both seen through the noise and the aperture."""
+        core, clutter = self.dbn.core, None if self.clutter is None else self.clutter.density
+        if self.aperture is not None and clutter is not None:
+            radius = float(self.aperture)
+            core, clutter = self._seen.of(core, radius), self._seen.of(clutter, radius)
+        through = None if clutter is None else NoisyDensity.through(clutter, self.noise)
+        return NoisyDensity.through(core, self.noise), through
+
+    def clutter_density(self) -> NoisyDensity | None:
+        """Clutter's density of all of y, seen through the noise: what a known canonical image is told from."""
+        return None if self.clutter is None else NoisyDensity.through(self.clutter.density, self.noise)
 
     def baseline(self, name: Literal["gaussian", "student_t"]) -> EllipticalDensity:
         """One of the densities that the prior has to beat, fitted on the crops that the prior was trained on."""
@@ -345,8 +366,7 @@ class AttentionModel(PyroModule):
                     state = cast(Tensor, pyro.sample("hidden", prior))
                 canonical = cast(Tensor, pyro.sample("canonical", CanonicalGivenHidden(self.dbn, state)))
                 seen = pyro.distributions.Normal(canonical, noise).to_event(1)
-                clutter = self.marginal_densities()[1]
-                law = SceneLikelihood(seen, clutter, temperature, seen.batch_shape)
+                law = SceneLikelihood(seen, self.clutter_density(), temperature, seen.batch_shape)
             seen_there = density_coordinates(_patches(pyramid, gaze)).to(self.dbn.core.mean)
             pyro.sample("patch", law, obs=seen_there)
         return gaze
@@ -369,6 +389,23 @@ class AttentionModel(PyroModule):
     def _collapsed(self, batch_shape: torch.Size) -> SceneLikelihood:
         dense_object, dense_clutter = self.marginal_densities()
         return SceneLikelihood(dense_object, dense_clutter, self.temperature, batch_shape, self.edges)
+
+
+class _Seen:
+    """Densities within a disc, kept until they change: each is a decomposition, and every leapfrog step asks for it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[list[Tensor], float, EllipticalDensity]] = []
+
+    def of(self, density: EllipticalDensity, radius: float) -> EllipticalDensity:
+        now = list(density.buffers())
+        for source, of_radius, found in self._kept:
+            same_kind = all((a.device, a.dtype) == (b.device, b.dtype) for a, b in zip(source, now, strict=True))
+            if radius == of_radius and same_kind and all(map(torch.equal, source, now)):
+                return found
+        found = density.within(disc(radius).to(density.mean.device))
+        self._kept = [*self._kept[-1:], ([value.clone() for value in now], radius, found)]
+        return found
 
 
 def _number(name: str, value: Any) -> float:

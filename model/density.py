@@ -78,8 +78,8 @@ class EllipticalDensity(nn.Module):
     def from_axes(
         cls: "type[AnyElliptical]",
         mean: Float[Tensor, "dimension"],
-        axes: Float[Tensor, "dimension dimension"],
-        variances: Float[Tensor, "dimension"],
+        axes: Float[Tensor, "dimension seen"],
+        variances: Float[Tensor, " seen"],
         nu: float | Float[Tensor, ""] = math.inf,
     ) -> "AnyElliptical":
         """The density whose covariance is known by its orthonormal axes (columns) and the variances along them."""
@@ -99,8 +99,13 @@ class EllipticalDensity(nn.Module):
 
     @property
     def dimension(self) -> int:
-        """Number of coordinates."""
+        """Number of coordinates of a point."""
         return self.mean.shape[0]
+
+    @property
+    def seen(self) -> int:
+        """Number of coordinates that the density is of: fewer than a point has where it is `within` a subspace."""
+        return self.variances.shape[0]
 
     def squared_distance(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:
         """Squared Mahalanobis distance from the mean."""
@@ -110,27 +115,28 @@ class EllipticalDensity(nn.Module):
 
     def log_prob(self, y: Float[Tensor, "*batch dimension"]) -> Float[Tensor, "*batch"]:
         """Log-density in nats."""
-        q, d, nu = self.squared_distance(y), self.dimension, self.nu
+        q, d, nu = self.squared_distance(y), self.seen, self.nu
         half_log_det = 0.5 * self.variances.log().sum()
         if torch.isinf(nu):
             return -0.5 * q - half_log_det - 0.5 * d * math.log(2 * math.pi)
         constant = torch.lgamma((nu + d) / 2) - torch.lgamma(nu / 2) - 0.5 * d * torch.log(math.pi * (nu - 2))
         return constant - half_log_det - 0.5 * (nu + d) * torch.log1p(q / (nu - 2))
 
-    def marginal(self, directions: Float[Tensor, "row dimension"]) -> "EllipticalDensity":
-        """The density of ``directions @ y``: of the same kind, with the same ν.
+    def within(self, basis: Float[Tensor, "dimension seen"]) -> "EllipticalDensity":
+        """The marginal density of ``basisᵀ y`` as a function of y: of the same kind, with the same ν.
 
-        Raises:
-            InputError: the rows are not linearly independent.
+        Args:
+            basis: orthonormal columns. Another basis of the same subspace gives the same density.
         """
-        rows = directions.double()
-        root = rows @ self.axes.double() * self.variances.double().sqrt()
-        return EllipticalDensity((rows @ self.mean.double()).to(self.mean.dtype), root @ root.T, float(self.nu))
+        root = basis.double().T @ self.axes.double() * self.variances.double().sqrt()
+        variances, turn = torch.linalg.eigh(root @ root.T)
+        like = self.mean
+        return EllipticalDensity.from_axes(like, (basis.double() @ turn).to(like), variances.to(like), self.nu)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "count dimension"]:
-        """Exact draws, by way of the latent factor."""
+        """Exact draws, by way of the latent factor; what is not seen is as in the mean."""
         like = {"dtype": self.mean.dtype, "device": self.mean.device}
-        noise = torch.randn(count, self.dimension, generator=generator, **like) * self.variances.sqrt()
+        noise = torch.randn(count, self.seen, generator=generator, **like) * self.variances.sqrt()
         if not torch.isinf(self.nu):
             shape = torch.full((count, 1), float(self.nu) / 2, **like)
             tau = standard_gamma(shape, generator) / ((self.nu - 2) / 2)

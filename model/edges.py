@@ -31,12 +31,15 @@ that is off a little is not the gaze either. It also counts the windows that the
 object from the few things that resemble it.
 """
 
+import math
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate.model.errors import InputError
-from foveate.model.identity import edges
+from foveate.model.identity import DIRECTIONS as ORIENTATIONS
+from foveate.model.identity import STRIDE, edges
 from foveate.model.patch import from_density_coordinates
 
 __all__ = ["CHUNK", "EdgeOdds"]
@@ -48,6 +51,8 @@ DIRECTIONS, SHRINKAGE = 32, 0.25
 # Added to the variances of z, all of the order of one, so that few examples still have laws.
 STEADY = 1e-3
 FEWEST = 10
+# Cells along a side of the patch.
+CELLS = 11
 # Patches whose features are worked out together: 30 MB.
 CHUNK = 4096
 
@@ -79,18 +84,32 @@ class EdgeOdds(nn.Module):
             self.register_buffer(name, value)
 
     @classmethod
-    def fit(cls, of_object: Float[Tensor, "sample 575"], of_clutter: Float[Tensor, "other 575"]) -> "EdgeOdds":
+    def fit(
+        cls,
+        of_object: Float[Tensor, "sample 575"],
+        of_clutter: Float[Tensor, "other 575"],
+        aperture: float | None = None,
+    ) -> "EdgeOdds":
         """From density coordinates of patches that show the object and of patches that do not.
 
+        Args:
+            of_object: of the object.
+            of_clutter: of anything else.
+            aperture: cells count whose middle is less than so many canonical pixels from the patch's; None takes all.
+
         Raises:
-            InputError: for fewer than 10 of either.
+            InputError: for fewer than 10 of either, or an aperture that leaves hardly a cell.
         """
         if min(len(of_object), len(of_clutter)) < FEWEST:
             raise InputError(
                 f"{len(of_object)} patches of the object and {len(of_clutter)} of clutter: "
                 f"at least {FEWEST} of each are needed to tell their edges apart"
             )
-        (mean, covariance), (other_mean, other) = _moments(of_object), _moments(of_clutter)
+        kept = _within(aperture)
+        if len(kept) <= DIRECTIONS:
+            raise InputError(f"aperture {aperture}: {len(kept)} features of edges lie within it, above {DIRECTIONS} do")
+        moments = _moments(of_object), _moments(of_clutter)
+        (mean, covariance), (other_mean, other) = ((m[kept], c[kept][:, kept]) for m, c in moments)
         floor = FLOOR * other.diagonal().mean() * torch.eye(len(other), dtype=other.dtype, device=other.device)
         apart = torch.linalg.solve(0.5 * (covariance + other) + floor, mean - other_mean)
         apart = apart / torch.sqrt(apart @ (mean - other_mean))
@@ -108,7 +127,10 @@ class EdgeOdds(nn.Module):
             for centre, pull, spread in zip(centres, pulls, spreads, strict=True)
         ]
         curvature, turn = torch.linalg.eigh(precisions[0] - precisions[1])
-        form = basis @ (pulls[0] - pulls[1]), least[0] - least[1], basis @ turn, curvature
+        # Nothing outside the aperture has a say.
+        everywhere = basis.new_zeros(len(moments[0][0]), basis.shape[1])
+        everywhere[kept] = basis
+        form = everywhere @ (pulls[0] - pulls[1]), least[0] - least[1], everywhere @ turn, curvature
         return cls(*(value.to(of_object.dtype) for value in form))
 
     @classmethod
@@ -127,6 +149,14 @@ class EdgeOdds(nn.Module):
         features = edges(from_density_coordinates(y))
         quadratic = (features @ self.axes.to(y)).square() @ self.curvature.to(y)
         return features @ self.direction.to(y) + self.offset.to(y) - 0.5 * quadratic
+
+
+def _within(aperture: float | None) -> Int[Tensor, " feature"]:
+    """Features of the cells within the aperture."""
+    from_middle = STRIDE * (torch.arange(CELLS) - (CELLS - 1) / 2)
+    away = torch.sqrt(from_middle[:, None].square() + from_middle.square())
+    inside = away < (math.inf if aperture is None else aperture)
+    return inside.expand(ORIENTATIONS, CELLS, CELLS).flatten().nonzero().flatten()
 
 
 def _least_varying(of_object: Float[Tensor, "n n"], of_clutter: Float[Tensor, "n n"]) -> Float[Tensor, "n axis"]:

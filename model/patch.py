@@ -353,8 +353,12 @@ def from_density_coordinates(y: Float[Tensor, "*batch 575"]) -> Float[Tensor, "*
     return _reflect(padded).unflatten(-1, (gazes.CANONICAL_SIZE, gazes.CANONICAL_SIZE))
 
 
-def disc(radius: float) -> Float64[Tensor, "pixel 575"]:
-    """Rows of B: ``disc(radius) @ y`` are the normalised intensities of the pixels less than `radius` from the centre.
+@cache
+def disc(radius: float) -> Float64[Tensor, "575 pixel"]:
+    """An orthonormal basis of what the pixels less than `radius` from the centre say, in density coordinates, CPU.
+
+    ``disc(radius).T @ y`` are as many numbers as there are such pixels, an invertible linear function of their
+    normalised intensities.
 
     Convention: `radius` in canonical pixels; the centre of the patch is between its four middle pixels.
 
@@ -366,9 +370,10 @@ def disc(radius: float) -> Float64[Tensor, "pixel 575"]:
         raise InputError(
             f"radius {radius}: a disc has some pixels of the patch and not all, so 0.71 to {half * math.sqrt(2):.2f}"
         )
-    place = torch.arange(gazes.CANONICAL_SIZE, dtype=torch.float64) - half
+    place = torch.arange(gazes.CANONICAL_SIZE, dtype=torch.float64, device="cpu") - half
     inside = (place[:, None].square() + place.square() < radius**2).flatten()
-    return from_density_coordinates(torch.eye(PIXELS - 1, dtype=torch.float64)).flatten(1).T[inside]
+    rows = from_density_coordinates(torch.eye(PIXELS - 1, dtype=torch.float64, device="cpu")).flatten(1).T[inside]
+    return torch.linalg.qr(rows.T).Q
 
 
 def _reflect(n: Tensor) -> Tensor:

@@ -95,8 +95,9 @@ def copy(saved: Path, tmp_path: Path) -> Path:
         {"layer": "diagonal"},
         {"clutter": False},
         {"noise": 0.5, "temperature": 3.0, "gaze_prior": "flat", "prior_options": {"largest": 1.2}},
+        {"aperture": 7.5},
     ],
-    ids=["gated", "diagonal", "without clutter", "other settings"],
+    ids=["gated", "diagonal", "without clutter", "other settings", "aperture"],
 )
 def test_what_is_saved_is_loaded_unchanged(tmp_path: Path, options: dict[str, Any]) -> None:
     run = make_run(**options)
@@ -291,6 +292,8 @@ def test_a_config_that_is_not_a_runs_is_refused(copy: Path) -> None:
         ("model", {"noise": "loud"}),
         ("model", {"noise": float("inf")}),
         ("model", {"temperature": 0.0}),
+        ("model", {"aperture": 0.1}),
+        ("model", {"aperture": "wide"}),
         ("model", {"prior_options": {"rotation_sd": -0.2}}),
         ("model", {"prior_options": {"rotation_sd": None}}),
         ("model", {"prior_options": {"largest": 1.2}}),

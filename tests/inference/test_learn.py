@@ -648,8 +648,8 @@ def test_from_the_second_round_on_the_gaze_is_where_the_middle_of_the_square_put
 
 def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same mean written out: pixels picked from the normalised patch, SciPy's Student-t of their covariances."""
-    monkeypatch.setattr(learning, "DISC", 2.2)
-    monkeypatch.setattr(learning, "DISC_POINTS", 8)
+    monkeypatch.setattr(learning, "APERTURE", 2.2)
+    monkeypatch.setattr(learning, "MIDDLE_POINTS", 8)
     generator = torch.Generator().manual_seed(4)
     roots = [torch.randn(575, 575, generator=generator, dtype=torch.float64) / 24 for _ in range(2)]
     means = [0.3 * torch.randn(575, generator=generator, dtype=torch.float64) for _ in range(2)]
@@ -677,7 +677,7 @@ def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(monkeyp
             at = points.gaze[i, 0, k]
             pixels = normalise(pyramid.extract(at[None], scene=torch.tensor([i])))[0].flatten()[inside].numpy()
             rest = gazes.log_prior(model.prior(pyramid.size[i].double()), at) + points.log_det[i, 0, k]
-            log_p.append((laws[0].logpdf(pixels) - laws[1].logpdf(pixels)) / learning.DISC_TEMPERATURE + float(rest))
+            log_p.append((laws[0].logpdf(pixels) - laws[1].logpdf(pixels)) / learning.MIDDLE_TEMPERATURE + float(rest))
         weight = torch.softmax(torch.tensor(log_p) - points.log_q[i, 0], 0)
         torch.testing.assert_close(found[i], weight @ points.gaze[i, 0], rtol=0, atol=1e-9)  # float64
 
@@ -690,7 +690,7 @@ def test_what_is_beside_the_object_does_not_move_its_square(
 
     All of the square, and the surroundings pull it: the points lie a fifth of a pixel apart, and a third is allowed.
     """
-    monkeypatch.setattr(learning, "DISC", radius)
+    monkeypatch.setattr(learning, "APERTURE", radius)
 
     def look(aside: float) -> Tensor:
         place = (torch.arange(120.0) - 59.5) / 2  # canonical pixels, two scene pixels each

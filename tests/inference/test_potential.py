@@ -17,7 +17,7 @@ from foveate.model.density import EllipticalDensity
 from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.gaze import FlatGazePrior, GazePrior, LocalChart, parts
-from foveate.model.patch import Pyramid
+from foveate.model.patch import Pyramid, disc
 
 SIZES = [(60, 90), (128, 70), (41, 200)]
 
@@ -56,6 +56,12 @@ def odds_score(dtype: torch.dtype = torch.float64, nu: float = 8.0) -> OddsScore
     return OddsScore(*densities, temperature=3.0)
 
 
+def within_a_disc(dtype: torch.dtype, nu: float) -> OddsScore:
+    whole, basis = odds_score(dtype, nu), disc(6.0)
+    densities = [part.within(basis) for part in (whole.object, whole.clutter) if isinstance(part, EllipticalDensity)]
+    return OddsScore(*densities, temperature=3.0)
+
+
 def edged_score(dtype: torch.dtype = torch.float64) -> OddsScore:
     random = torch.randn(968, 34, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
     edges = EdgeOdds(random[:, 0], random[0, 0], random[:, 1:], 0.1 * random[1, 1:])
@@ -75,6 +81,8 @@ def scores(dtype: torch.dtype = torch.float64) -> dict[str, PatchScore]:
         "odds": odds_score(dtype),
         "gaussian odds": odds_score(dtype, math.inf),
         "odds with edges": edged_score(dtype),
+        "odds within a disc": within_a_disc(dtype, 8.0),
+        "gaussian odds within a disc": within_a_disc(dtype, math.inf),
         "odds of given images": OddsScore(CanonicalDensity(canonical, 0.7), odds_score(dtype).clutter, 0.2),
         "paper": OddsScore(CanonicalDensity(canonical[:, 0], 0.7), None),
     }

@@ -297,6 +297,62 @@ def test_edges_are_added_to_the_collapsed_odds_and_leave_the_other_forms_alone(d
         torch.testing.assert_close(densities[1] - densities[0], gain, rtol=1e-9, atol=1e-7)  # float64
 
 
+def test_within_the_aperture_pixels_are_told_from_clutter_and_outside_are_not(double: Toy) -> None:
+    """Against SciPy's Student-ts of the normalised pixels: another basis of the same disc, whose volume cancels."""
+    full, pyramid = double.model, Pyramid.build(double.pictures)
+    assert full.clutter is not None
+    model = AttentionModel(full.dbn, full.clutter, noise=NOISE, temperature=3.0, aperture=4.0, latent="collapsed")
+    trace = traced(model, double.pictures, gaze=double.gaze)
+    y = density_coordinates(pyramid.extract(double.gaze[:, None])[:, 0])
+    inside = [r * 24 + c for r in range(24) for c in range(24) if math.hypot(r - 11.5, c - 11.5) < 4.0]
+    rows = from_density_coordinates(torch.eye(575, dtype=torch.float64)).flatten(1).T[inside]
+    expected = 0.0
+    for density, sign in ((full.dbn.core, 1), (full.clutter.density, -1)):
+        covariance = (density.axes * density.variances) @ density.axes.T + NOISE**2 * torch.eye(575)
+        mean, nu = (rows @ density.mean).numpy(), float(density.nu)
+        spread = (rows @ covariance @ rows.T).numpy()
+        law = (
+            stats.multivariate_normal(mean, spread)
+            if math.isinf(nu)
+            else stats.multivariate_t(mean, spread * (nu - 2) / nu, df=nu)
+        )
+        expected = expected + sign * law.logpdf((y @ rows.T).numpy()) / 3.0
+    np.testing.assert_allclose(trace.nodes["patch"]["log_prob"].numpy(), expected, rtol=1e-8)  # float64, through 575²
+
+
+def test_the_aperture_is_that_of_the_collapsed_form_with_clutter_alone(double: Toy) -> None:
+    full, pyramid = double.model, Pyramid.build(double.pictures)
+    for latent, clutter in (("given_hidden", full.clutter), ("collapsed", None)):
+        densities = []
+        for aperture in (None, 4.0):
+            model = AttentionModel(full.dbn, clutter, noise=NOISE, aperture=aperture, latent=latent)
+            pyro.set_rng_seed(1)
+            trace = pyro.poutine.trace(pyro.condition(model, {"gaze": double.gaze})).get_trace(pyramid)
+            densities.append(trace.nodes["patch"]["fn"].log_prob(trace.nodes["patch"]["value"]))
+        assert torch.equal(*densities)
+    through = AttentionModel(full.dbn, full.clutter, noise=NOISE, aperture=4.0).clutter_density()
+    assert through is not None and through.seen == 575
+
+
+def test_what_is_seen_through_the_aperture_follows_the_model(double: Toy) -> None:
+    model = AttentionModel(copy.deepcopy(double.model.dbn), double.model.clutter, noise=NOISE, aperture=4.0)
+    first, second = model.marginal_densities()[0], model.marginal_densities()[0]
+    assert torch.equal(first.axes, second.axes) and first.seen == 52
+    with torch.no_grad():
+        model.dbn.core.mean += 1.0
+    assert torch.equal(model.marginal_densities()[0].mean, first.mean + 1.0)
+    model.aperture = 3.0
+    assert model.marginal_densities()[0].seen == 32
+    model.noise = 2 * NOISE
+    widened = model.marginal_densities()[0].variances
+    model.noise = NOISE
+    torch.testing.assert_close(
+        widened - model.marginal_densities()[0].variances, torch.full((32,), 3 * NOISE**2).double()
+    )
+    model.aperture = None
+    assert model.marginal_densities()[0].seen == 575
+
+
 def charts(toy: Toy) -> list[gazes.LocalChart]:
     near = torch.tensor([[0.2, -0.1, 1.0, -2.0], [-0.1, 0.15, -1.5, 0.5]], dtype=torch.float64)
     return [gazes.LocalChart(toy.gaze), gazes.LocalChart(toy.gaze + near, (2.0, 0.5, 0.3, 0.2))]
@@ -559,6 +615,7 @@ class Walls(ClutterModel):
         ({"noise": 0.0}, "noise=0.0: .* positive"),
         ({"noise": math.inf}, "noise=inf: .* positive"),
         ({"temperature": -1.0}, r"temperature=-1\.0: .* positive"),
+        ({"aperture": 20.0}, r"aperture=20\.0: .*0\.71 to 16\.26"),
         ({"noise": torch.full((575,), 0.5)}, r"noise has shape \(575,\): a positive"),
         ({"clutter": EllipticalDensity.blank(575)}, "clutter is a EllipticalDensity: .*ClutterModel"),
         ({"clutter": Walls(EllipticalDensity.blank(575))}, "clutter is a Walls"),
@@ -578,6 +635,8 @@ def test_options_that_mean_nothing_are_refused(toy: Toy, options: Any, message: 
         ("noise", 0),
         ("noise", np.float32(0)),
         ("noise", None),
+        ("aperture", 0.3),
+        ("aperture", "wide"),
         ("noise", "-1"),
         ("temperature", np.array(-1.0)),
         ("gaze_prior", ["flat"]),

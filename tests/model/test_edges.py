@@ -26,20 +26,33 @@ def noise(count: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, (24, 24), mode="bicubic")[:, 0]
 
 
+@pytest.fixture(scope="module", params=[None, 7.0])
+def aperture(request: pytest.FixtureRequest) -> float | None:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def odds() -> EdgeOdds:
-    return EdgeOdds.fit(density_coordinates(discs(300, 1)), density_coordinates(noise(900, 2)))
+def odds(aperture: float | None) -> EdgeOdds:
+    return EdgeOdds.fit(density_coordinates(discs(300, 1)), density_coordinates(noise(900, 2)), aperture)
+
+
+def seen(aperture: float | None) -> torch.Tensor:
+    """Features, direction by direction, of cells whose middles are less than the aperture from the patch's."""
+    middles = [2.0 * k + 1.5 - 11.5 for k in range(11)]
+    inside = [aperture is None or (y * y + x * x) ** 0.5 < aperture for y in middles for x in middles]
+    return torch.tensor(inside * 8).nonzero().flatten()
 
 
 def features(y: torch.Tensor) -> torch.Tensor:
     return edges(from_density_coordinates(y)).double()
 
 
-def test_the_odds_are_those_of_two_normal_laws_of_linear_statistics(odds: EdgeOdds) -> None:
+def test_the_odds_are_those_of_two_normal_laws_of_linear_statistics(odds: EdgeOdds, aperture: float | None) -> None:
     """The statistics are found another way: SciPy's generalised eigenvectors; the laws are PyTorch's."""
-    known, other = (features(density_coordinates(x)) for x in (discs(300, 1), noise(900, 2)))
+    cells = seen(aperture)
+    known, other = (features(density_coordinates(x))[:, cells] for x in (discs(300, 1), noise(900, 2)))
     apart, spreads = known.mean(0) - other.mean(0), [torch.cov(known.T), torch.cov(other.T)]
-    floor = FLOOR * spreads[1].diagonal().mean() * torch.eye(968, dtype=torch.float64)
+    floor = FLOOR * spreads[1].diagonal().mean() * torch.eye(len(cells), dtype=torch.float64)
     direction = torch.linalg.solve(0.5 * (spreads[0] + spreads[1]) + floor, apart)
     some = [0, DIRECTIONS - 1]
     _, axes = eigh(*((spread + floor).numpy() for spread in spreads), subset_by_index=some)
@@ -52,7 +65,7 @@ def test_the_odds_are_those_of_two_normal_laws_of_linear_statistics(odds: EdgeOd
         for f, spread in ((known, of_object), (other, of_clutter))
     )
     new = density_coordinates(torch.cat([discs(4, 3), noise(4, 4)]))
-    z = features(new) @ basis
+    z = features(new)[:, cells] @ basis
     # Differences of hundreds of nats in float32.
     expected = law.log_prob(z) - other_law.log_prob(z)
     torch.testing.assert_close(odds.log_odds(new).double(), expected, rtol=1e-3, atol=0.05)
@@ -61,6 +74,16 @@ def test_the_odds_are_those_of_two_normal_laws_of_linear_statistics(odds: EdgeOd
 def test_new_objects_and_new_clutter_are_told_apart(odds: EdgeOdds) -> None:
     new, other = (odds.log_odds(density_coordinates(x)) for x in (discs(200, 5), noise(200, 6)))
     assert float(new.min()) > float(other.max())
+
+
+def test_outside_the_aperture_edges_have_no_say(odds: EdgeOdds, aperture: float | None) -> None:
+    some = torch.cat([odds.direction[:, None], odds.axes], 1).abs().amax(1) > 0
+    assert torch.equal(some.nonzero().flatten(), seen(aperture))
+
+
+def test_an_aperture_of_hardly_a_cell_is_refused() -> None:
+    with pytest.raises(InputError, match=r"aperture 1\.5: 8 features of edges lie within it, above 32"):
+        EdgeOdds.fit(torch.randn(20, 575), torch.randn(40, 575), 1.5)
 
 
 def test_light_does_not_matter(odds: EdgeOdds) -> None:

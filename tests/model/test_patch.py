@@ -482,15 +482,21 @@ def test_density_coordinates_are_an_orthonormal_view_of_the_normalised_patch() -
 
 
 @pytest.mark.parametrize(("radius", "pixels"), [(0.8, 4), (9.0, 256), (12.0, 448)])
-def test_a_disc_reads_the_pixels_about_the_middle_off_density_coordinates(radius: float, pixels: int) -> None:
-    patches = torch.rand(3, 24, 24, dtype=torch.float64)
-    inside = [r * 24 + c for r in range(24) for c in range(24) if math.hypot(r - 11.5, c - 11.5) < radius]
-    expected = normalise(patches).flatten(1)[:, inside]
-    rows = disc(radius)
-    assert rows.shape == (pixels, 575)
-    torch.testing.assert_close(density_coordinates(patches) @ rows.T, expected, rtol=0, atol=1e-12)
-    # All intensities but one are independent.
-    assert int(torch.linalg.matrix_rank(rows)) == pixels
+def test_a_disc_says_what_its_pixels_say_and_nothing_else(radius: float, pixels: int) -> None:
+    inside = torch.tensor([math.hypot(r - 11.5, c - 11.5) < radius for r in range(24) for c in range(24)])
+    basis = disc(radius)
+    assert basis.shape == (575, pixels)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(pixels, dtype=torch.float64), rtol=0, atol=1e-12)
+    normalised = torch.randn(576, dtype=torch.float64)
+    normalised -= normalised.mean()
+    reflected = from_density_coordinates(torch.eye(575, dtype=torch.float64)).flatten(1).T
+    y = reflected.T @ normalised
+    # The pixels inside follow from it.
+    torch.testing.assert_close((reflected @ (basis @ (basis.T @ y)))[inside], normalised[inside], rtol=0, atol=1e-11)
+    # It does not know of those outside.
+    other = normalised.clone()
+    other[~inside] = other[~inside].flip(0)
+    torch.testing.assert_close(basis.T @ (reflected.T @ other), basis.T @ y, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("radius", [0.5, 16.3, math.nan])
