@@ -258,7 +258,8 @@ def test_the_guide_must_be_better_than_none_by_the_preference(monkeypatch: pytes
     assert chosen == [True, True, False]
 
 
-def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("aperture", [None, 7.0])
+def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch, aperture: float | None) -> None:
     generator = torch.Generator().manual_seed(8)
     pyramid = Pyramid.build([torch.rand(80, 80, generator=generator) for _ in range(6)])
     truth = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(6, 4)
@@ -266,6 +267,7 @@ def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch
     crops = 0.5 + 0.2 * torch.cos(x)[:, None] * torch.cos(x) + 0.03 * torch.randn(20, 24, 24, generator=generator)
     y, others = density_coordinates(crops), []
     model = quick_model()
+    model.aperture = aperture
     model.dbn.core = EllipticalDensity.from_axes(y.mean(0), torch.eye(575), torch.full((575,), 0.3))
     proper = ClutterModel.fit
     monkeypatch.setattr(ClutterModel, "fit", classmethod(lambda cls, y: others.append(y) or proper(y)))
@@ -276,6 +278,9 @@ def test_edges_are_given_their_say_beside_pixels(monkeypatch: pytest.MonkeyPatch
     gaps = [float(score(y).mean() - score(others[0]).mean()) for score in (pixels.log_prob, edges.log_odds)]
     # Float32 sums of hundreds of nats.
     assert gaps[0] > 0 and gaps[1] == pytest.approx(fitting.EDGES_SAY * gaps[0], rel=1e-3)
+    # The corner cells, in all eight directions, have a say where all of the square is seen.
+    corners = edges.direction.reshape(8, 11, 11)[:, ::10, ::10].abs()
+    assert float(corners.min()) > 0 if aperture is None else float(corners.max()) == 0
 
 
 def test_of_many_windows_those_with_the_highest_odds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +384,7 @@ def test_fitting_returns_a_run_that_attends_the_same_from_disk(tmp_path: Path, m
     assert (seen.count("reading"), seen.count("glance"), seen.count("look")) == (14, 3, 2)
     assert run.config["scenes"] == 14 and run.config["held_out"] == 4 and run.config["clutter_pictures"] == 0
     assert 0 <= run.config["validation_accuracy"] <= 1
+    assert run.model.aperture == fitting.APERTURE
     assert bool(torch.isfinite(run.guide.evidence).all())
     for name in ("gaussian", "student_t"):
         assert float(run.model.baselines[name].variances.sum()) != 575.0  # no longer blank
