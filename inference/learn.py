@@ -604,7 +604,13 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         "clutter": None if plan.clutter is None else [len(plan.clutter), *_some_hashes(plan.clutter)],
         "seed": plan.seed,
         "start": digest(*(v for part in (run.model, run.guide) for v in part.state_dict().values())),
-        "start_settings": [run.model.temperature, run.model.noise, run.model.gaze_prior, run.model.prior_options],
+        "start_settings": [
+            run.model.temperature,
+            run.model.noise,
+            run.model.aperture,
+            run.model.gaze_prior,
+            run.model.prior_options,
+        ],
         **plan.numbers,
     }
     path = folder / "plan.json"

@@ -181,8 +181,8 @@ class AttentionModel(PyroModule):
         prior_options: keyword arguments of the gaze prior.
         edges: odds of the patch's edges, in the collapsed form; None leaves the pixels alone to judge.
         aperture: radius in canonical pixels of the disc of the patch that the collapsed form's pixels are taken from;
-            None takes all. Towards the corners a square shows what is beside the object, which says less about where
-            it is than it does about who or where else. (`EdgeOdds.fit` has an aperture of its own.)
+            None takes all. Towards the corners a square shows what is beside the object and says little about where
+            it is. (Which edges count is settled when they are fitted, see `EdgeOdds.fit`.)
         identity: what tells people apart, for attending to the person of a given picture; None if nobody taught it.
         latent: which density the program is:
 

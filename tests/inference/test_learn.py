@@ -398,8 +398,11 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_with_other_work(tmp_path:
         learn(small_run(), soft_scenes(30), soft_scenes(3), checkpoint=folder, resume=True)
     warmer = small_run()
     warmer.model.temperature *= 2
-    with pytest.raises(InputError, match=r"another one \(start_settings differ\)"):
-        learn(warmer, soft_scenes(30), checkpoint=folder, resume=True)
+    narrower = small_run()
+    narrower.model.aperture = 8.0
+    for changed in (warmer, narrower):
+        with pytest.raises(InputError, match=r"another one \(start_settings differ\)"):
+            learn(changed, soft_scenes(30), checkpoint=folder, resume=True)
     # A start that differs in its model alone.
     other = small_run()
     other.model.dbn.core.mean += 0.1
