@@ -398,8 +398,10 @@ def _recentred(
     y = density_coordinates(pyramid.extract(at))
     of_object, of_clutter = model.marginal_densities()
     assert of_clutter is not None
-    basis = disc(APERTURE).to(y)
-    log_odds = (of_object.within(basis).log_prob(y) - of_clutter.within(basis).log_prob(y)).double()
+    if model.aperture is None:
+        # A run of an earlier version.
+        of_object, of_clutter = (density.within(disc(APERTURE).to(y)) for density in (of_object, of_clutter))
+    log_odds = (of_object.log_prob(y) - of_clutter.log_prob(y)).double()
     rest = gazes.log_prior(model.prior(pyramid.size.double()[:, None]), at) + (points.log_det - points.log_q)[:, 0]
     # Where the prior forbids all points they weigh the same.
     weight = torch.softmax((log_odds / MIDDLE_TEMPERATURE + rest).clamp(min=-1e30), -1)

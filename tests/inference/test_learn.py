@@ -649,9 +649,15 @@ def test_from_the_second_round_on_the_gaze_is_where_the_middle_of_the_square_put
         assert torch.equal(found["crops"][i, 0], extract(picture, found["gaze"][i]).float())
 
 
-def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same mean written out: pixels picked from the normalised patch, SciPy's Student-t of their covariances."""
-    monkeypatch.setattr(learning, "APERTURE", 2.2)
+@pytest.mark.parametrize("aperture", [None, 2.2])
+def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(
+    monkeypatch: pytest.MonkeyPatch, aperture: float | None
+) -> None:
+    """The same mean written out: pixels picked from the normalised patch, SciPy's Student-t of their covariances.
+
+    The aperture is the model's own; a model without one has that of `fit`.
+    """
+    monkeypatch.setattr(learning, "APERTURE", 2.2 if aperture is None else 9.0)
     monkeypatch.setattr(learning, "MIDDLE_POINTS", 8)
     generator = torch.Generator().manual_seed(4)
     roots = [torch.randn(575, 575, generator=generator, dtype=torch.float64) / 24 for _ in range(2)]
@@ -660,6 +666,7 @@ def test_the_middle_places_the_square_by_the_marginal_odds_of_its_pixels(monkeyp
     densities = [EllipticalDensity(m, c, nu) for m, c, nu in zip(means, covariances, (8.0, 5.0), strict=True)]
     dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), densities[0])
     model = AttentionModel(dbn, ClutterModel(densities[1]), noise=0.2, prior_options={"typical": 0.4})
+    model.aperture = aperture
     pyramid = Pyramid.build([picture.double() for picture in soft_scenes(2).pictures()])
     gaze = torch.tensor([[0.8, 0.05, 24.0, 20.0], [0.7, 0.0, 20.0, 25.0]], dtype=torch.float64)
     sd = torch.tensor([[0.8, 0.5, 1.0, 0.4], [0.3, 0.9, 0.6, 1.2]], dtype=torch.float64)
