@@ -515,7 +515,7 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
         rows = [held.scenes[i] for i in chosen[begin : begin + PART].tolist()]
         found.append(search(run.model, run.guide, scene_pyramid(run.model, plan.scenes.pictures(rows)), modes=6))
         truth.append(gaze[begin : begin + PART].to(found[-1].gaze))
-    figures = weigh_evidence(run.guide, found, truth)
+    figures = weigh_evidence(run.guide, found, truth, run.model.temperature)
     return Run(run.model, run.guide, run.config | {"evidence": figures["evidence"]})
 
 
