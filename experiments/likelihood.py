@@ -101,9 +101,7 @@ class Likelihood(Common):
             "log_z": float(run.model.dbn.log_z),
             "log_z_se": float(run.model.dbn.log_z_se),
             "variant": {
-                "noise": run.model.noise,
-                "temperature": run.model.temperature,
-                "edges": run.model.edges is not None,
+                **{name: run.model.config[name] for name in ("noise", "temperature", "edges", "aperture")},
                 "guide_prior": bool(run.guide.prior_weight > 0),
             },
             "data": {},

@@ -394,6 +394,8 @@ def attend_batches(
         "max_objects": max_objects,
         "noise": believed["noise"],
         "temperature": believed["temperature"],
+        "edges": believed["edges"],
+        "aperture": believed["aperture"],
         "gaze_prior": {"kind": believed["gaze_prior"], **believed["prior_options"]},
     }
 

@@ -31,9 +31,10 @@ from foveate.model.identity import IdentityModel
 
 __all__ = ["FORMAT", "Run", "atomic_file", "load", "require_replaceable", "save", "write_json"]
 
-# Counts the layouts of a run's files; raised when an older program could not read what a newer one writes.
+# Counts the layouts of a run's files; raised when an older program would not read rightly what a newer one writes.
 # 2: the odds of edges are divided by the temperature as those of the pixels are, and have no weight of their own.
-FORMAT = 2
+# 3: the odds may have an aperture. Runs of format 2 have none, and are read.
+FORMAT, READ = 3, (2, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,10 +251,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "format" not in config:
         raise InputError(f"{where} is not a run's: it names no format; name a folder that `foveate train` wrote")
     found = config["format"]
-    if found != FORMAT:
+    if found not in READ:
         newer = isinstance(found, int) and found > FORMAT
         remedy = "install a newer foveate" if newer else "train the run again, or install the foveate that wrote it"
-        raise InputError(f"{where}: the run has format {found!r} and this foveate reads format {FORMAT}; {remedy}")
+        raise InputError(
+            f"{where}: the run has format {found!r} and this foveate reads format {READ[0]} to {FORMAT}; {remedy}"
+        )
     return config
 
 

@@ -364,7 +364,7 @@ def calibrate(
     of the gaze. Last the weights of the evidence for a mode.
     """
     pyramids = [scene_pyramid(model, scenes.pictures(rows.tolist())) for rows in held.split(BATCH)]
-    true = [truth[rows].double() for rows in held.split(BATCH)]
+    true = [truth[rows].double().to(model.dbn.core.mean.device) for rows in held.split(BATCH)]
     near = [_nearest(search(model, guide, p, modes=6), t) for p, t in zip(pyramids, true, strict=True)]
     _calibrate_sds(model, guide, pyramids, near, true)
     # Once more: the width of a mode follows the guide's sds.

@@ -44,7 +44,6 @@ class GuideData:
         canonical: ``(scene, 24, 24)`` crops at the true gazes, in [0, 1].
         clutter: scenes without the object, or None to use windows that miss it.
         person: ``(scene,)`` a number for each person, or None; another picture of the same person then serves as v.
-        weight: ``(scene,)`` how often a scene is drawn, relative to the others; None for equal.
     """
 
     pyramid: Pyramid
@@ -52,7 +51,6 @@ class GuideData:
     canonical: Tensor
     clutter: Pyramid | None = None
     person: Tensor | None = None
-    weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.pyramid) == 0 or self.gaze.shape != (len(self.pyramid), 4):
@@ -62,9 +60,8 @@ class GuideData:
             )
 
     def draw(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-        """Indices of `n` scenes, drawn with their weights."""
-        weight = self.weight if self.weight is not None else torch.ones(len(self.pyramid))
-        return torch.multinomial(weight, n, replacement=True, generator=generator)
+        """Indices of `n` scenes, drawn with replacement."""
+        return torch.multinomial(torch.ones(len(self.pyramid)), n, replacement=True, generator=generator)
 
     def instead(self, window: Tensor, unseen: Tensor, generator: torch.Generator) -> Tensor:
         """Windows of the scenes, and in their place what no scene shows: the more often, the fewer scenes there are."""

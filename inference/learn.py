@@ -78,6 +78,7 @@ from foveate.inference.resume import digest, holds_work
 from foveate.model import gaze as gazes
 from foveate.model.attention import AttentionModel
 from foveate.model.density import choose_elliptical
+from foveate.model.edges import require_wide_enough
 from foveate.model.errors import InputError
 from foveate.model.patch import Pyramid, density_coordinates, disc, extract
 from foveate.model.threads import in_parallel
@@ -466,6 +467,8 @@ def _maximisation(
         model = following.model
         # In place: what else belongs to the model (noise, temperature, ...) stays as the bootstrap calibrated it.
         model.dbn = dbn
+        guide = following.guide.eval()
+        config = _without_guide_prior(model, guide, following.config)
         if model.gaze_prior == "proper":
             model.prior_options = gaze_prior_options(data().pyramid, data().gaze)
         y = augmented_coordinates(crops).flatten(0, 1)
@@ -473,11 +476,10 @@ def _maximisation(
         validation = density_coordinates(watched)
         for name in ("gaussian", "student_t"):
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
-        guide = following.guide.eval()
-        config = _without_guide_prior(model, guide, following.config)
-        # The factors on the sds were those of the start: the guide's sds have been trained anew, on more scenes than
-        # they were calibrated on, and for the posterior's scenes without labels know no other.
-        config = {name: value for name, value in config.items() if name not in ("coverage_factor", "log_sd_offset")}
+        # What was found out on labels is the start's: the guide's sds have been trained anew, on more scenes than they
+        # were calibrated on, and for the posterior's scenes without labels know no other factor.
+        of_start = ("coverage_factor", "log_sd_offset")
+        config = {n: v for n, v in config.items() if n not in of_start and not n.startswith("validation_")}
         return _weighed(Run(model, guide, config), plan, held, number)
 
     start = place.parent / ("start" if number == 1 else f"round_{number - 1}/run")
@@ -495,6 +497,8 @@ def _without_guide_prior(model: AttentionModel, guide: GazeGuide, config: dict[s
     guide.prior_weight.zero_()
     variant = config.get("variants", {}).get("without_guide_prior")
     if variant is not None:
+        # Odds that are divided by less count for less each, until they are weighed anew.
+        guide.evidence[0] *= variant["temperature"] / model.temperature
         model.temperature, model.noise = variant["temperature"], variant["noise"]
     return config | {"guide_prior": False}
 
@@ -594,11 +598,12 @@ def _check(run: Run, scenes: UnlabelledPictures, numbers: dict[str, int]) -> Non
     require_known_prior(run.model, "learned with")
     if run.model.clutter is None:
         raise InputError("the run has no clutter model, so it cannot search scenes: train it anew with `foveate train`")
+    require_wide_enough(run.model.aperture)
 
 
 def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
     """Make the folder, or see that what lies there is the same work."""
-    scenes = plan.scenes
+    scenes, settings = plan.scenes, run.model.config
     described = {
         "scenes": len(scenes),
         "names": digest(stream_keys(scenes.names)),
@@ -607,11 +612,7 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         "seed": plan.seed,
         "start": digest(*(v for part in (run.model, run.guide) for v in part.state_dict().values())),
         "start_settings": [
-            run.model.temperature,
-            run.model.noise,
-            run.model.aperture,
-            run.model.gaze_prior,
-            run.model.prior_options,
+            *(settings[name] for name in ("temperature", "noise", "aperture", "gaze_prior", "prior_options")),
         ],
         **plan.numbers,
     }

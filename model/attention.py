@@ -33,6 +33,7 @@ from foveate.model.edges import EdgeOdds
 from foveate.model.errors import InputError
 from foveate.model.identity import IdentityModel
 from foveate.model.patch import Pyramid, density_coordinates, disc
+from foveate.model.threads import on_one_thread
 
 __all__ = ["AttentionModel", "SceneLikelihood", "as_picture", "as_pyramid"]
 
@@ -403,7 +404,9 @@ class _Seen:
             same_kind = all((a.device, a.dtype) == (b.device, b.dtype) for a, b in zip(source, now, strict=True))
             if radius == of_radius and same_kind and all(map(torch.equal, source, now)):
                 return found
-        found = density.within(disc(radius).to(density.mean.device))
+        # Asked for first by whoever comes first: every batch shares it, on as many threads as each may have.
+        with on_one_thread():
+            found = density.within(disc(radius).to(density.mean.device))
         self._kept = [*self._kept[-1:], ([value.clone() for value in now], radius, found)]
         return found
 

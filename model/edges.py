@@ -2,7 +2,7 @@ r"""Edges as evidence: how much likelier a patch's oriented edges are under the 
 
 Pixels are a poor witness against clutter: fine detail that no two pictures share drowns what they have in common, and
 light, blur and a pixel of misalignment move hundreds of them together. Histograms of oriented gradients f keep what is
-shared. Of these 968 numbers 33 linear statistics z = Bᵀ f are scored:
+shared. Of these 968 numbers, or those of the cells within an aperture, 33 linear statistics z = Bᵀ f are scored:
 
 - the one that tells the means of object and clutter apart best, ``wᵀ f`` with ``w = S⁻¹ (m_o − m_c)`` and S the mean of
   the two covariances (Hariharan, Malik & Ramanan 2012). A single statistic needs few examples: it carries over from
@@ -42,7 +42,7 @@ from foveate.model.identity import DIRECTIONS as ORIENTATIONS
 from foveate.model.identity import STRIDE, edges
 from foveate.model.patch import from_density_coordinates
 
-__all__ = ["CHUNK", "EdgeOdds"]
+__all__ = ["CHUNK", "EdgeOdds", "require_wide_enough"]
 
 # Added to the covariances of the features, as a share of the mean variance under clutter.
 FLOOR = 0.03
@@ -105,9 +105,8 @@ class EdgeOdds(nn.Module):
                 f"{len(of_object)} patches of the object and {len(of_clutter)} of clutter: "
                 f"at least {FEWEST} of each are needed to tell their edges apart"
             )
+        require_wide_enough(aperture)
         kept = _within(aperture)
-        if len(kept) <= DIRECTIONS:
-            raise InputError(f"aperture {aperture}: {len(kept)} features of edges lie within it, above {DIRECTIONS} do")
         moments = _moments(of_object), _moments(of_clutter)
         (mean, covariance), (other_mean, other) = ((m[kept], c[kept][:, kept]) for m, c in moments)
         floor = FLOOR * other.diagonal().mean() * torch.eye(len(other), dtype=other.dtype, device=other.device)
@@ -127,7 +126,7 @@ class EdgeOdds(nn.Module):
             for centre, pull, spread in zip(centres, pulls, spreads, strict=True)
         ]
         curvature, turn = torch.linalg.eigh(precisions[0] - precisions[1])
-        # Nothing outside the aperture has a say.
+        # No cell outside the aperture has a say.
         everywhere = basis.new_zeros(len(moments[0][0]), basis.shape[1])
         everywhere[kept] = basis
         form = everywhere @ (pulls[0] - pulls[1]), least[0] - least[1], everywhere @ turn, curvature
@@ -149,6 +148,19 @@ class EdgeOdds(nn.Module):
         features = edges(from_density_coordinates(y))
         quadratic = (features @ self.axes.to(y)).square() @ self.curvature.to(y)
         return features @ self.direction.to(y) + self.offset.to(y) - 0.5 * quadratic
+
+
+def require_wide_enough(aperture: float | None) -> None:
+    """Refuse an aperture with too few edges in it.
+
+    Raises:
+        InputError: as many features are needed as statistics are taken of them, and more.
+    """
+    count = len(_within(aperture))
+    if count <= DIRECTIONS:
+        raise InputError(
+            f"aperture {aperture}: {count} features of edges lie within it, more than {DIRECTIONS} are needed: widen it"
+        )
 
 
 def _within(aperture: float | None) -> Int[Tensor, " feature"]:

@@ -4,13 +4,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["in_parallel", "share"]
+__all__ = ["in_parallel", "on_one_thread", "share"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,6 +60,20 @@ def in_parallel(
                 future.cancel()
             # What threads of the future begin with.
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def on_one_thread() -> Generator[None, None, None]:
+    """What is computed here has the same last bits on any number of threads; it may be slower for it."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def share(kernel: Callable[..., None], count: int, *args: Any, least: int) -> None:

@@ -382,6 +382,25 @@ def test_an_m_step_keeps_to_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
         assert {value.device for value in part.state_dict().values()} == {ELSEWHERE}
 
 
+def test_held_out_scenes_are_compared_with_gazes_where_the_model_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, guide = toy_model().to(ELSEWHERE), GazeGuide(4).eval().to(ELSEWHERE)
+    truth = some_gazes(2)
+    scenes = Scenes.from_pictures([torch.rand(40, 50) for _ in range(2)])
+
+    def modes(model: AttentionModel, guide: GazeGuide, pyramid: Pyramid, modes: int) -> Candidates:
+        gaze = truth[:, None].double().to(ELSEWHERE)
+        return Candidates(gaze, gaze.abs(), gaze[..., :3], gaze[..., 0], gaze)
+
+    given: list[torch.device] = []
+    monkeypatch.setattr(fitting, "search", modes)
+    monkeypatch.setattr(
+        fitting, "_calibrate_sds", lambda model, guide, scenes, near, true: given.append(true[0].device)
+    )
+    monkeypatch.setattr(fitting, "_choose_variant", lambda *given: {})
+    figures = fitting.calibrate(model, guide, scenes, torch.arange(2), truth)
+    assert given == [ELSEWHERE] and figures["validation_accuracy"] == 1.0
+
+
 def test_attending_happens_where_model_and_guide_live() -> None:
     model, guide = toy_model(), GazeGuide(4).eval()
     pictures = [torch.rand(40, 50), torch.rand(30, 60)]

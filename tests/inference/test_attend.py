@@ -215,6 +215,7 @@ def test_pyros_own_kernels_have_the_mean_and_sd_of_brute_force_quadrature(world:
         warmup=40,
     )
     assert_same_moments(posterior.gaze[0], world.start[0], quadrature(world, 0, world.start[0]))
+    assert (posterior.settings["aperture"], posterior.settings["edges"]) == (None, False)
     assert posterior.settings["kernel"] == kernel and set(posterior.statistics) == {"lp", "diverging"}
 
 

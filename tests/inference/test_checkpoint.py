@@ -109,6 +109,17 @@ def test_what_is_saved_is_loaded_unchanged(tmp_path: Path, options: dict[str, An
     assert not found.guide.training
 
 
+def test_a_run_from_before_the_aperture_is_read_and_has_none(copy: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))["settings"]
+    form = json.loads((copy / "config.json").read_text(encoding="utf-8"))["model"]
+    edit(copy / "config.json", format=2, model={name: value for name, value in form.items() if name != "aperture"})
+    found = load(copy)
+    assert found.model.aperture is None
+    assert found.config == settings
+    save(found, copy)
+    assert json.loads((copy / "config.json").read_text(encoding="utf-8"))["format"] == FORMAT
+
+
 def test_a_loaded_model_scores_a_patch_as_the_saved_one(saved: Path) -> None:
     run, found = make_run(), load(saved)
     patch = torch.rand(5, 24, 24)

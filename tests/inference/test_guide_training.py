@@ -62,14 +62,6 @@ def test_scenes_without_one_gaze_each_are_refused() -> None:
         GuideData(data.pyramid, data.gaze[:2], data.canonical)
 
 
-def test_scenes_are_drawn_with_their_weights() -> None:
-    data = problem(3)
-    weighted = GuideData(data.pyramid, data.gaze, data.canonical, weight=torch.tensor([0.0, 1.0, 3.0]))
-    counts = torch.bincount(weighted.draw(4000, generator()), minlength=3) / 4000
-    # A share of 3/4 of 4000 draws has a sd of 0.007.
-    torch.testing.assert_close(counts, torch.tensor([0.0, 0.25, 0.75]), rtol=0, atol=0.03)
-
-
 # ---- where the windows are
 
 

@@ -58,6 +58,7 @@ def small_run(certain: bool = True) -> Run:
     guide = GazeGuide(4)
     guide.evidence.copy_(torch.tensor([1.0, 0.0, 0.0, 1e4 if certain else -1e4]))
     model = AttentionModel(dbn, ClutterModel(EllipticalDensity(torch.zeros(575), 2 * torch.eye(575))))
+    model.aperture = 9.0
     return Run(model.eval(), guide.eval(), {"seed": 0})
 
 
@@ -149,6 +150,9 @@ def test_so_are_too_few_scenes_no_rounds_and_a_run_without_clutter_model() -> No
     bare = Run(AttentionModel(run.model.dbn), run.guide)
     with pytest.raises(InputError, match="no clutter model"):
         learn(bare, soft_scenes(24))
+    run.model.aperture = 1.5
+    with pytest.raises(InputError, match=r"aperture 1\.5: 8 features of edges lie within it, more than 32"):
+        learn(run, soft_scenes(24))
 
 
 @pytest.mark.usefixtures("quick")
@@ -226,7 +230,7 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     run = small_run()
     run.guide.prior_weight.fill_(1.0)
     run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
-    run.config.update(coverage_factor=1.5, log_sd_offset=[0.1, 0.1, 0.1, 0.1])
+    run.config.update(coverage_factor=1.5, log_sd_offset=[0.1, 0.1, 0.1, 0.1], validation_accuracy=1.0)
     before = run.model.temperature
     believed: dict[str, set[bool]] = {}
 
@@ -253,7 +257,9 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     }
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
     assert learned.config["guide_prior"] is False
-    assert not learned.config.keys() & {"coverage_factor", "log_sd_offset"}
+    # Odds that are divided by seven times as much weigh seven times as much.
+    assert float(learned.guide.evidence[0]) == pytest.approx(7.0 * float(run.guide.evidence[0]))
+    assert not learned.config.keys() & {"coverage_factor", "log_sd_offset", "validation_accuracy"}
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
 

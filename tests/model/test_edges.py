@@ -82,7 +82,7 @@ def test_outside_the_aperture_edges_have_no_say(odds: EdgeOdds, aperture: float 
 
 
 def test_an_aperture_of_hardly_a_cell_is_refused() -> None:
-    with pytest.raises(InputError, match=r"aperture 1\.5: 8 features of edges lie within it, above 32"):
+    with pytest.raises(InputError, match=r"aperture 1\.5: 8 features of edges lie within it, more than 32"):
         EdgeOdds.fit(torch.randn(20, 575), torch.randn(40, 575), 1.5)
 
 
