@@ -223,8 +223,8 @@ def beats_random_gazes(
     Returns:
         ``"odds"``: the model's own. ``"odds_elsewhere"``: the same among random gazes with an IoU below 0.5 with the
         truth. ``"odds_re_expressed"``: the gazes of `again` in the truth's place, if given. ``"gaussian"``,
-        ``"student_t"``: the baselines of the model in the object's place, seen through the same noise, against the
-        same clutter.
+        ``"student_t"``: the baselines of the model in the object's place, seen through the same noise, all of
+        the square against clutter's density of it.
 
     Convention: gazes in scene pixels, `foveate.model.gaze`.
     """

@@ -338,8 +338,8 @@ def _attended(
     """One part of an E-step; `keys` are those of the scenes' random numbers.
 
     Returns:
-        ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean, from the
-        second round on `_recentred`;
+        ``presence (scene)``: probability that the heaviest mode is the object; ``gaze (scene, 4)``: its mean, from
+        the scene's second E-step on `_recentred`;
         ``draws (scene, chain, draw, 4)``; ``crops (scene, 1 + JITTERED, 24, 24)``: at the mean and about it; and what
         the next round's chains carry.
     """

@@ -127,7 +127,7 @@ class OddsScore:
         object: density of the object's patches: an elliptical one (v integrated out), or one about a given canonical
             image.
         clutter: density of patches that are not the object; ``None`` for the paper's likelihood, without the odds.
-        temperature: divides the log odds, which 576 correlated pixels make overconfident.
+        temperature: divides the log odds, which correlated pixels make overconfident.
         person: whom the object shows; its ratio brings its own weight, and the temperature leaves it alone.
         edges: what the patch's edges say beside its pixels; the temperature divides the sum.
 

@@ -124,7 +124,7 @@ class SceneLikelihood(TorchDistribution):
     Args:
         object_density: distribution over ``(..., 575)``, or an `EllipticalDensity`.
         clutter: None for the paper's likelihood.
-        temperature: 1 for the model as written; above 1 the odds are flattened (576 correlated pixels make them
+        temperature: 1 for the model as written; above 1 the odds are flattened (correlated pixels make them
             overconfident).
         batch_shape: of the site.
         edges: what the patch's edges say beside its pixels, if anything.
@@ -177,7 +177,8 @@ class AttentionModel(PyroModule):
         clutter: density of patches that are not the object, whose `density` is read, seen through the noise; None, with
             `edges` None and a temperature of 1, for the paper's likelihood.
         noise: σ of the likelihood, in normalised intensities.
-        temperature: divides the log-odds; fitted on validation and recorded, 1 until then.
+        temperature: divides the log-odds; fitted on validation and recorded, 1 until then. What suits the collapsed
+            form divides the others, too, which have no edges and no aperture.
         gaze_prior: ``"proper"`` (`GazePrior`) or ``"flat"`` (`FlatGazePrior`: the paper's, on a bounded box).
         prior_options: keyword arguments of the gaze prior.
         edges: odds of the patch's edges, in the collapsed form; None leaves the pixels alone to judge.
@@ -322,7 +323,10 @@ class AttentionModel(PyroModule):
         return NoisyDensity.through(core, self.noise), through
 
     def clutter_density(self) -> NoisyDensity | None:
-        """Clutter's density of all of y, seen through the noise: what a known canonical image is told from."""
+        """Clutter's density of all of y, seen through the noise.
+
+        What a known canonical image is told from, and the baselines.
+        """
         return None if self.clutter is None else NoisyDensity.through(self.clutter.density, self.noise)
 
     def baseline(self, name: Literal["gaussian", "student_t"]) -> EllipticalDensity:
