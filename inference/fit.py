@@ -65,9 +65,10 @@ WIDE_POINTS, NARROW_POINTS, NARROW = 512, 256, (0.25, 0.0625)
 APERTURE = 9.0
 # How much edges say beside pixels, and from how many times as many windows the likeliest are taken to tell them from.
 EDGES_SAY, MINED = 3.0, 12
-# Weights of (integrated log-odds at a temperature of 1, recognition logit, presence logit) where scenes held out do not
-# say otherwise, as few do in which hardly anything is missed: chosen on scenes of a population not learned from.
-EVIDENCE = (0.006, 1.0, 0.2)
+# Weights of (integrated log-odds, recognition logit, presence logit) where scenes held out do not say otherwise, as few
+# do in which hardly anything is missed: chosen on scenes of a population that was not learned from. (The temperature
+# makes the odds calibrated nats: a weight that follows it finds fewer objects once a population has been learned.)
+EVIDENCE = (0.3, 1.0, 0.2)
 
 
 @runtime_checkable
@@ -374,21 +375,18 @@ def calibrate(
     found = [search(model, guide, p, modes=6) for p in pyramids]
     return (
         figures
-        | weigh_evidence(guide, found, true, model.temperature)
+        | weigh_evidence(guide, found, true)
         | {"log_sd_offset": [round(float(w), 4) for w in guide.log_sd_offset]}
     )
 
 
-def weigh_evidence(
-    guide: GazeGuide, found: Sequence[Candidates], truth: Sequence[Tensor], temperature: float
-) -> dict[str, Any]:
+def weigh_evidence(guide: GazeGuide, found: Sequence[Candidates], truth: Sequence[Tensor]) -> dict[str, Any]:
     """Fit the weights of the evidence for a mode, in place, to the modes found in scenes whose gazes are known.
 
     Args:
         guide: whose weights they are.
         found: modes of batches of scenes.
         truth: the gazes, ``(scene, 4)`` batch by batch.
-        temperature: the model's, which the odds of ``found`` are divided by.
 
     Returns:
         The weights, and how often the heaviest mode is right in these scenes: by all evidence, and by the odds alone.
@@ -398,7 +396,7 @@ def weigh_evidence(
     features, log_weight = torch.cat([f.features for f in found]), torch.cat([f.log_weight for f in found])
     overlap = torch.cat([gazes.overlap(f.gaze, t[:, None]) for f, t in zip(found, truth, strict=True)])
     valid = torch.isfinite(log_weight)
-    guide.evidence.copy_(_evidence_weights(features, overlap > 0.5, valid, temperature))
+    guide.evidence.copy_(_evidence_weights(features, overlap > 0.5, valid))
     score = (features.nan_to_num(neginf=-1e30) * guide.evidence[:3].double()).sum(-1)
     figures: dict[str, Any] = {"evidence": [round(float(w), 6) for w in guide.evidence]}
     for name, by in (("", score), ("_odds_alone", features[..., 0])):
@@ -523,22 +521,16 @@ def _points_about(
 
 
 def _evidence_weights(
-    features: Float[Tensor, "scene mode 3"],
-    right: Bool[Tensor, "scene mode"],
-    valid: Bool[Tensor, "scene mode"],
-    temperature: float,
+    features: Float[Tensor, "scene mode 3"], right: Bool[Tensor, "scene mode"], valid: Bool[Tensor, "scene mode"]
 ) -> Float[Tensor, "4"]:
     """Weights of a mode's evidence, and the constant that sets it against "no object here".
 
     The weights of (integrated log-odds, recognition logit, presence logit) maximise the likelihood of the true mode
-    among the modes found: a conditional logit, with a ridge towards `EVIDENCE`. The odds' weight is as many times
-    larger as the temperature they were divided by. The constant lies midway between the weakest tenth of the right
-    modes and the strongest tenth of the wrong ones.
+    among the modes found: a conditional logit, with a ridge towards `EVIDENCE`. The constant lies midway between the
+    weakest tenth of the right modes and the strongest tenth of the wrong ones.
     """
     everything = features.nan_to_num(neginf=-30.0).double()
-    odds, recognition, presence = EVIDENCE
-    start = everything.new_tensor([odds * temperature, recognition, presence])
-    width = everything.new_tensor([odds * temperature, 0.5, 0.3])
+    start, width = everything.new_tensor(EVIDENCE), everything.new_tensor([0.3, 0.5, 0.3])
     # Scenes whose object is not among the modes say nothing about how to choose among them.
     usable = (right & valid).any(-1)
     x, good, present = everything[usable], (right & valid)[usable], valid[usable]

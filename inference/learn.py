@@ -497,8 +497,6 @@ def _without_guide_prior(model: AttentionModel, guide: GazeGuide, config: dict[s
     guide.prior_weight.zero_()
     variant = config.get("variants", {}).get("without_guide_prior")
     if variant is not None:
-        # Odds that are divided by less count for less each, until they are weighed anew.
-        guide.evidence[0] *= variant["temperature"] / model.temperature
         model.temperature, model.noise = variant["temperature"], variant["noise"]
     return config | {"guide_prior": False}
 
@@ -519,7 +517,7 @@ def _weighed(run: Run, plan: _Plan, held: _Parts, number: int) -> Run:
         rows = [held.scenes[i] for i in chosen[begin : begin + PART].tolist()]
         found.append(search(run.model, run.guide, scene_pyramid(run.model, plan.scenes.pictures(rows)), modes=6))
         truth.append(gaze[begin : begin + PART].to(found[-1].gaze))
-    figures = weigh_evidence(run.guide, found, truth, run.model.temperature)
+    figures = weigh_evidence(run.guide, found, truth)
     return Run(run.model, run.guide, run.config | {"evidence": figures["evidence"]})
 
 

@@ -113,7 +113,7 @@ def simulated_features(direction: Tensor, scenes: int = 800, modes: int = 4) -> 
 def test_weights_of_the_evidence_recover_the_conditional_logit_that_made_the_choices() -> None:
     direction = torch.tensor([0.05, 1.0, 0.3]).double()
     features, right = simulated_features(direction)
-    weights = fitting._evidence_weights(features, right, torch.ones_like(right), 50.0).double()
+    weights = fitting._evidence_weights(features, right, torch.ones_like(right)).double()
     # Standard errors of 800 choices are about 6 % of the weights, or 0.06 for those of unit size; 4 of them.
     torch.testing.assert_close(weights[:3], direction, rtol=0.25, atol=0.1 * direction.min().item())
     # The constant lies between right modes and wrong ones: most of each fall on their side of 0.
@@ -126,20 +126,9 @@ def test_modes_that_are_not_there_say_nothing_about_the_weights() -> None:
     padded = torch.cat([features, torch.full((60, 2, 3), -math.inf).double()], 1)
     nowhere = torch.zeros(60, 2, dtype=torch.bool)
     found = fitting._evidence_weights(
-        padded, torch.cat([right, nowhere], 1), torch.cat([torch.ones_like(right), nowhere], 1), 50.0
+        padded, torch.cat([right, nowhere], 1), torch.cat([torch.ones_like(right), nowhere], 1)
     )
-    torch.testing.assert_close(found, fitting._evidence_weights(features, right, torch.ones_like(right), 50.0))
-
-
-def test_weighing_does_not_depend_on_the_temperature_that_the_odds_are_divided_by() -> None:
-    features, right = simulated_features(torch.tensor([0.05, 1.0, 0.3]).double(), scenes=12)
-    valid = torch.ones_like(right)
-    hot = fitting._evidence_weights(features, right, valid, 48.0)
-    colder = torch.cat([features[..., :1] * 8, features[..., 1:]], -1)
-    cold = fitting._evidence_weights(colder, right, valid, 6.0)
-    # So few scenes leave much to the ridge. Tolerance: LBFGS' of its own optimum in 32 bits.
-    torch.testing.assert_close(cold[0] * 8, hot[0], rtol=1e-3, atol=0)
-    torch.testing.assert_close(cold[1:], hot[1:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, fitting._evidence_weights(features, right, torch.ones_like(right)))
 
 
 @pytest.mark.parametrize("which", ["no wrong mode", "no right mode"])
@@ -148,10 +137,9 @@ def test_weights_are_those_they_start_from_where_there_is_nothing_to_choose(whic
     features[:, :, 1] = -math.inf  # a start was given: no glance
     valid = torch.ones(10, 4, dtype=torch.bool)
     right = valid if which == "no wrong mode" else ~valid
-    weights = fitting._evidence_weights(features, right, valid, 8.0)
+    weights = fitting._evidence_weights(features, right, valid)
     # The likelihood is the same for all weights, and the ridge alone decides.
-    odds, *logits = fitting.EVIDENCE
-    torch.testing.assert_close(weights[:3], torch.tensor([8.0 * odds, *logits]))
+    torch.testing.assert_close(weights[:3], torch.tensor(fitting.EVIDENCE))
     assert bool(torch.isfinite(weights[3]))
 
 
@@ -538,7 +526,7 @@ def test_validation_accuracy_is_that_of_the_heaviest_mode() -> None:
     features[:, 0, 1], features[:, 1, 1], features[:, 2, :2] = 4.0, -4.0, -math.inf
     features[:, 0, 0] = torch.where(torch.arange(count) < 5, 1.0, -1.0)
     weight = torch.tensor([0.0, 0.0, -math.inf]).double().expand(count, 3)
-    figures = fitting.weigh_evidence(GazeGuide(4), [Candidates(gaze, gaze, features, weight, gaze)], [truth], 50.0)
+    figures = fitting.weigh_evidence(GazeGuide(4), [Candidates(gaze, gaze, features, weight, gaze)], [truth])
     assert (figures["validation_accuracy"], figures["validation_accuracy_odds_alone"]) == (1.0, 0.25)
 
 
@@ -579,7 +567,7 @@ def test_what_is_chosen_by_the_guides_widths_is_chosen_after_they_are_calibrated
     monkeypatch.setattr(fitting, "search", as_wide_as_the_guide)
     monkeypatch.setattr(fitting, "_calibrate_sds", lambda model, guide, *rest: guide.log_sd_offset.add_(1.0))
     monkeypatch.setattr(fitting, "_choose_variant", lambda model, guide, pyramids, near, *rest: seen.append(near) or {})
-    monkeypatch.setattr(fitting, "weigh_evidence", lambda guide, found, truth, temperature: {})
+    monkeypatch.setattr(fitting, "weigh_evidence", lambda guide, found, truth: {})
     fitting.calibrate(quick_model(), guide, scenes, torch.arange(4), truth)
     torch.testing.assert_close(seen[0][0][1], torch.full((4, 4), math.e).double())
 
@@ -592,7 +580,7 @@ def test_a_feature_that_misleads_weighs_nothing_and_the_constant_lies_between_ri
     # Wrong modes scatter three times as much as right ones.
     features[..., 0] = torch.where(right, 3 + features[..., 0], 3 * features[..., 0] - 3)
     features[..., 1] += torch.where(right, -6.0, 6.0)
-    weights = fitting._evidence_weights(features, right, torch.ones(400, 4, dtype=torch.bool), 50.0)
+    weights = fitting._evidence_weights(features, right, torch.ones(400, 4, dtype=torch.bool))
     assert float(weights[1]) == 0.0 and float(weights[0]) > 0.0
     score = features @ weights[:3].double()
     weakest, strongest = score[right].quantile(0.1), score[~right].quantile(0.9)

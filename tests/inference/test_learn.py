@@ -92,11 +92,9 @@ def quick_training(guide: GazeGuide, data: Any, *, seed: int, progress: Any, **o
     return 0.0
 
 
-def quick_weighing(
-    guide: GazeGuide, found: list[Candidates], truth: list[Tensor], temperature: float
-) -> dict[str, Any]:
+def quick_weighing(guide: GazeGuide, found: list[Candidates], truth: list[Tensor]) -> dict[str, Any]:
     """In place of `weigh_evidence`: as sure as before, and a weight that depends on all that weighing is given."""
-    guide.evidence[1] += sum(float(t.mean()) for t in truth) / 1000 + temperature / 1000
+    guide.evidence[1] += sum(float(t.mean()) for t in truth) / 1000
     return {"evidence": guide.evidence.tolist()}
 
 
@@ -257,8 +255,6 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     }
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
     assert learned.config["guide_prior"] is False
-    # Odds that are divided by seven times as much weigh seven times as much.
-    assert float(learned.guide.evidence[0]) == pytest.approx(7.0 * float(run.guide.evidence[0]))
     assert not learned.config.keys() & {"coverage_factor", "log_sd_offset", "validation_accuracy"}
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
@@ -425,7 +421,6 @@ def test_evidence_is_weighed_by_what_the_round_before_was_sure_of(
     """Of two modes the odds know which one was found before, the recognition says the opposite."""
     scenes, run = soft_scenes(20), small_run()
     run.guide.evidence.copy_(torch.tensor([0.05, 1.0, 0.4, 0.0]))
-    run.model.temperature = 50.0
     gaze = torch.tensor([[0.6, 0.0, 20.0, 20.0]] * 20).double()
     held = _written(tmp_path / "held", gaze, torch.full((20,), float(certain)).double())
 
@@ -608,20 +603,12 @@ def test_evidence_is_weighed_on_the_scenes_that_were_held_out(tmp_path: Path, mo
 
     monkeypatch.setattr(learning, "scene_pyramid", lambda model, pictures: seen.extend(pictures) or pictures)
     monkeypatch.setattr(learning, "search", searched)
-    temperatures: list[float] = []
-
-    def weighed(guide: GazeGuide, found: list[Candidates], truth: list[Tensor], temperature: float) -> dict[str, Any]:
-        truths.extend(truth)
-        temperatures.append(temperature)
-        return {"evidence": []}
-
-    monkeypatch.setattr(learning, "weigh_evidence", weighed)
-    run = small_run()
-    run.model.temperature = 7.0
-    learning._weighed(run, a_plan(scenes), held, 1)
+    weighed = {"evidence": []}
+    monkeypatch.setattr(learning, "weigh_evidence", lambda guide, found, truth: truths.extend(truth) or weighed)
+    learning._weighed(small_run(), a_plan(scenes), held, 1)
     wanted = scenes.pictures(held.scenes)
     assert len(seen) == 20 and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
-    assert torch.equal(torch.cat(truths), gaze) and temperatures == [7.0]
+    assert torch.equal(torch.cat(truths), gaze)
 
 
 @pytest.mark.usefixtures("quick")
