@@ -66,8 +66,8 @@ APERTURE = 9.0
 # How much edges say beside pixels, and from how many times as many windows the likeliest are taken to tell them from.
 EDGES_SAY, MINED = 3.0, 12
 # Weights of (integrated log-odds, recognition logit, presence logit) where scenes held out do not say otherwise, as few
-# do in which hardly anything is missed: chosen on scenes of a population that was not learned from. (The temperature
-# makes the odds calibrated nats: a weight that follows it finds fewer objects once a population has been learned.)
+# do in which hardly anything is missed: chosen on scenes of a population that was not learned from. (A weight
+# that follows the temperature was tried, see docs/results/likelihood.md.)
 EVIDENCE = (0.3, 1.0, 0.2)
 
 

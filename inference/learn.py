@@ -609,9 +609,7 @@ def _open_checkpoint(folder: Path, run: Run, plan: _Plan, resume: bool) -> None:
         "clutter": None if plan.clutter is None else [len(plan.clutter), *_some_hashes(plan.clutter)],
         "seed": plan.seed,
         "start": digest(*(v for part in (run.model, run.guide) for v in part.state_dict().values())),
-        "start_settings": [
-            *(settings[name] for name in ("temperature", "noise", "aperture", "gaze_prior", "prior_options")),
-        ],
+        "start_settings": [settings[n] for n in ("temperature", "noise", "aperture", "gaze_prior", "prior_options")],
         **plan.numbers,
     }
     path = folder / "plan.json"

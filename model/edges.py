@@ -151,10 +151,10 @@ class EdgeOdds(nn.Module):
 
 
 def require_wide_enough(aperture: float | None) -> None:
-    """Refuse an aperture with too few edges in it.
+    """Refuse an aperture, a radius in canonical pixels, with too few edges in it for `EdgeOdds.fit`.
 
     Raises:
-        InputError: as many features are needed as statistics are taken of them, and more.
+        InputError: no more features lie within than directions are taken of them.
     """
     count = len(_within(aperture))
     if count <= DIRECTIONS:

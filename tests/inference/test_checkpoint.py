@@ -110,12 +110,12 @@ def test_what_is_saved_is_loaded_unchanged(tmp_path: Path, options: dict[str, An
 
 
 def test_a_run_from_before_the_aperture_is_read_and_has_none(copy: Path) -> None:
-    settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))["settings"]
-    form = json.loads((copy / "config.json").read_text(encoding="utf-8"))["model"]
-    edit(copy / "config.json", format=2, model={name: value for name, value in form.items() if name != "aperture"})
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    form = {name: value for name, value in config["model"].items() if name != "aperture"}
+    edit(copy / "config.json", format=2, model=form)
     found = load(copy)
     assert found.model.aperture is None
-    assert found.config == settings
+    assert found.config == config["settings"]
     save(found, copy)
     assert json.loads((copy / "config.json").read_text(encoding="utf-8"))["format"] == FORMAT
 
