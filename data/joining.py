@@ -3,7 +3,10 @@
 Whoever marks eyes and mouths puts them a little higher, wider or further apart than the next person does, the same way
 in every picture. A model that is taught both ways learns a blur. In the mean over a collection's crops the pictures
 differ no longer but the squares do, so that the mean crops of two collections, laid over each other, tell by what
-similarity their labels differ.
+similarity their labels differ. Pixels do not tell it equally well: hair and what lies behind a face differ between one
+picture and the next as much as they differ between collections. So the gap between the means is measured by the spread
+of crops about the mean of their collection (Mahalanobis' distance, that of Fisher's linear discriminant), whose errors
+are those of a mean over other pictures.
 
 Convention (the whole module): gazes as in `foveate.model.gaze`, scene pixels; a label t and the gaze u that the
 reference collection's labeller would have drawn differ by δ on the canonical side, ``t = u ∘ δ``, so that δ's offset is
@@ -28,10 +31,18 @@ __all__ = ["in_one_convention", "label_difference", "re_expressed"]
 # The mean crop is taken with what lies around it, and twice as finely as the canonical frame.
 AROUND, FINE = 1.5, 2
 SIDE = int(gazes.CANONICAL_SIZE * AROUND * FINE)
+# The gaze that sees a mean crop in its surroundings.
+STRAIGHT = gazes.from_parts(
+    torch.full((2,), (SIDE - 1) / 2, dtype=torch.float64),
+    torch.tensor(float(FINE), dtype=torch.float64),
+    torch.tensor(0.0, dtype=torch.float64),
+)
 # Where the search for δ begins to look: offset in canonical pixels, log-scale, radians.
 FIRST_STEP = (1.0, 1.0, 0.05, 0.05)
 # Mean crops that resemble each other less do not show one object in one pose.
 RESEMBLING = 0.7
+# Added to the variance of each pixel of a normalised crop, whose own is one on average: crops may be fewer than pixels.
+FLOOR = 0.3
 # Means over fewer crops than these are of persons, not of the object.
 FEWEST = 12
 
@@ -39,8 +50,10 @@ FEWEST = 12
 def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] | None:
     """The similarity δ by which the labels of `other` differ from those of `reference`.
 
-    It carries the mean crop of `other` to where it correlates best with that of `reference`; offset, scale and rotation
-    are found by Nelder and Mead's simplex.
+    It carries the mean crop of `other` to where it is nearest to that of `reference`, by Mahalanobis' distance within
+    the collections: with the covariance of all crops, each about its own collection's mean, plus `FLOOR`. Each goes
+    half of the way, so that the two may change places. Offset, scale and rotation are found by Nelder and Mead's
+    simplex.
 
     Returns:
         ``(4,)`` δ with ``label ≈ drawn as in the reference ∘ δ``; None where that cannot be told: fewer than `FEWEST`
@@ -51,17 +64,22 @@ def label_difference(reference: Scenes, other: Scenes) -> Float64[Tensor, "4"] |
     """
     if min(len(reference), len(other)) < FEWEST:
         return None
-    wanted = normalise(_looked_at(_mean_surroundings(reference), np.zeros(4)))
-    seen = _mean_surroundings(other)
+    (there, of_there), (seen, of_seen) = _mean_and_scatter(reference), _mean_and_scatter(other)
+    within = (of_there + of_seen) / (len(reference) + len(other))
+    root = torch.linalg.cholesky(within + FLOOR * torch.eye(len(within), dtype=torch.float64))
 
-    def unlike(change: np.ndarray) -> float:
-        return -float((normalise(_looked_at(seen, change)) * wanted).mean())
+    def at(mean: Tensor, change: np.ndarray) -> Tensor:
+        return normalise(extract(mean, gazes.compose(STRAIGHT, _similarity(change)))).flatten()
+
+    def apart(change: np.ndarray) -> float:
+        gap = at(seen, change / 2) - at(there, -change / 2)
+        return float(torch.linalg.solve_triangular(root, gap[:, None], upper=False).square().sum())
 
     simplex = np.concatenate([np.zeros((1, 4)), np.diag(FIRST_STEP)])
-    found = minimize(unlike, np.zeros(4), method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 1e-3})
-    if -found.fun < RESEMBLING:
+    found = minimize(apart, np.zeros(4), method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 1e-3}).x
+    if float((at(seen, found / 2) * at(there, -found / 2)).mean()) < RESEMBLING:
         return None
-    return gazes.inverse(_similarity(found.x))
+    return gazes.compose(_similarity(-found / 2), gazes.inverse(_similarity(found / 2)))
 
 
 def re_expressed(truth: Float[Tensor, "scene 4"], difference: Float[Tensor, "4"]) -> Float64[Tensor, "scene 4"]:
@@ -90,29 +108,24 @@ def in_one_convention(collections: Sequence[Scenes]) -> tuple[list[Scenes], list
     return joined, differences
 
 
-def _mean_surroundings(scenes: Scenes) -> Float64[Tensor, "side side"]:
-    """The mean over the scenes of the crop and what lies around it, each normalised: a picture itself."""
+def _mean_and_scatter(scenes: Scenes) -> tuple[Float64[Tensor, "side side"], Float64[Tensor, "576 576"]]:
+    """The mean crop with what lies around it, itself a picture; the scatter matrix of the crops about their mean."""
     truth = scenes.gazes
     if truth is None or bool(truth.isnan().any()):
         raise InputError("labels are compared only where every scene has one: give scenes.labelled()")
-    total = torch.zeros(SIDE, SIDE, dtype=torch.float64)
+    around = torch.zeros(SIDE, SIDE, dtype=torch.float64)
+    mean = torch.zeros(gazes.CANONICAL_SIZE**2, dtype=torch.float64)
+    square = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for i in range(len(scenes)):
-        total += normalise(extract(scenes.pictures([i])[0], truth[i], SIDE, AROUND).double())
-    return total / len(scenes)
+        picture = scenes.pictures([i])[0]
+        around += normalise(extract(picture, truth[i], SIDE, AROUND).double()) / len(scenes)
+        crop = normalise(extract(picture, truth[i]).double()).flatten()
+        mean += crop / len(scenes)
+        square += torch.outer(crop, crop)
+    return around, square - len(scenes) * torch.outer(mean, mean)
 
 
 def _similarity(change: np.ndarray) -> Float64[Tensor, "4"]:
     """From offset (canonical pixels), log-scale and radians."""
     right, down, log_scale, rotation = torch.from_numpy(np.asarray(change, dtype=np.float64))
     return gazes.from_parts(torch.stack([right, down]), log_scale.exp(), rotation)
-
-
-def _looked_at(mean: Float64[Tensor, "side side"], change: np.ndarray) -> Float64[Tensor, "24 24"]:
-    """The canonical patch of a mean picture, seen under a gaze that is changed on the canonical side."""
-    middle = (SIDE - 1) / 2
-    straight = gazes.from_parts(
-        torch.tensor([middle, middle], dtype=torch.float64),
-        torch.tensor(float(FINE), dtype=torch.float64),
-        torch.tensor(0.0, dtype=torch.float64),
-    )
-    return extract(mean, gazes.compose(straight, _similarity(change)))
