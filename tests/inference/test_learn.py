@@ -244,6 +244,13 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
             believed.setdefault(stage, set()).update(now)
             now.clear()
 
+    fitted_at: list[float] = []
+
+    def watched(model: AttentionModel, *args: Any) -> None:
+        fitted_at.append(model.noise)
+        fit_clutter(model, *args)
+
+    monkeypatch.setattr(learning, "fit_clutter", watched)
     monkeypatch.setattr(importlib.import_module("foveate.inference.attend"), "GazePotential", Watched)
     learned = learn(run, soft_scenes(40), **QUICK, progress=progress)
     assert believed == {
@@ -254,6 +261,8 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
         "watching, round 2": {False},
     }
     assert (float(learned.guide.prior_weight), learned.model.temperature, learned.model.noise) == (0.0, 7.0, 0.5)
+    # How much edges say depends on the noise they will be asked at.
+    assert fitted_at == [0.5, 0.5]
     assert learned.config["guide_prior"] is False
     assert not learned.config.keys() & {"coverage_factor", "log_sd_offset", "validation_accuracy"}
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
