@@ -114,15 +114,12 @@ def _mean_and_scatter(scenes: Scenes) -> tuple[Float64[Tensor, "side side"], Flo
     if truth is None or bool(truth.isnan().any()):
         raise InputError("labels are compared only where every scene has one: give scenes.labelled()")
     around = torch.zeros(SIDE, SIDE, dtype=torch.float64)
-    mean = torch.zeros(gazes.CANONICAL_SIZE**2, dtype=torch.float64)
-    square = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    crops = []
     for i in range(len(scenes)):
         picture = scenes.pictures([i])[0]
         around += normalise(extract(picture, truth[i], SIDE, AROUND).double()) / len(scenes)
-        crop = normalise(extract(picture, truth[i]).double()).flatten()
-        mean += crop / len(scenes)
-        square += torch.outer(crop, crop)
-    return around, square - len(scenes) * torch.outer(mean, mean)
+        crops.append(normalise(extract(picture, truth[i]).double()).flatten())
+    return around, len(scenes) * torch.cov(torch.stack(crops).T, correction=0)
 
 
 def _similarity(change: np.ndarray) -> Float64[Tensor, "4"]:
