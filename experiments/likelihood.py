@@ -286,11 +286,11 @@ def energy_path(
     return -(log_odds + log_prior + chart.log_det(z))
 
 
+@torch.no_grad()
 def _bounds(model: AttentionModel, scenes: Scenes, truth: Tensor, diagonal: DeepBeliefNet | None) -> dict[str, float]:
     """Mean log-densities of the true crops in nats, and by how much the prior's bound exceeds the Student-t's."""
     y, figures = crop_bounds(model, scenes, truth)
-    with torch.no_grad():
-        figures["bound_recognition"] = float(model.dbn.log_prob_bound(y).double().mean())
+    figures["bound_recognition"] = float(model.dbn.log_prob_bound(y).double().mean())
     # Forward AIS flatters a bound on average: it is judged two standard errors lower.
     lower = figures["bound_nats"] - 2 * float(model.dbn.log_z_se)
     figures["margin_student_t"] = lower - figures["bound_student_t"]

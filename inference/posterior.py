@@ -6,6 +6,7 @@ radians, nats. Tensors lead with the scene.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import warnings
@@ -267,10 +268,19 @@ class Posterior:
         return Posterior(**values)
 
     def summary(self) -> "pandas.DataFrame":
-        """ArviZ' table: a row for every scene and part of its gaze, with mean, sd, interval, MCSE, ESS and R-hat."""
+        """ArviZ' table: a row for every scene and part of its gaze, with mean, sd, interval, MCSE, ESS and R-hat.
+
+        What fewer than 2 chains or 4 draws cannot tell (R-hat, say) is NaN.
+        """
         arviz = _arviz()
         data = self.to_inference_data() if hasattr(arviz, "InferenceData") else self.to_datatree()
-        return arviz.summary(data, var_names=list(PARTS), round_to="none")
+        # Its logger is one of its own, not the one that logging knows by name.
+        log = getattr(arviz, "_log", logging.getLogger("arviz"))
+        log.addFilter(_not_of_shape)
+        try:
+            return arviz.summary(data, var_names=list(PARTS), round_to="none")
+        finally:
+            log.removeFilter(_not_of_shape)
 
     def rhat(self) -> Float64[Tensor, "scene"]:
         """Rank-normalised split R-hat of the gaze, the worst of its coordinates.
@@ -375,6 +385,11 @@ def _labels(names: list[str]) -> list[str]:
 def _filled_up(value: Tensor, modes: int, fill: float) -> Tensor:
     missing = value.new_full((value.shape[0], modes - value.shape[1], *value.shape[2:]), fill)
     return torch.cat([value, missing], 1)
+
+
+def _not_of_shape(record: logging.LogRecord) -> bool:
+    """Whether a line of ArviZ' log says more than the NaN beside it: it has one for every row of a single chain."""
+    return not record.getMessage().startswith("Shape validation failed")
 
 
 def _arviz() -> ModuleType:

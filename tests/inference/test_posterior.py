@@ -196,6 +196,13 @@ def test_one_chain_has_an_ess_and_no_r_hat() -> None:
     assert bool((posterior.ess() > 20).all())
 
 
+def test_a_summary_of_one_chain_says_nan_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    table = make(chains=1).summary()
+    assert bool(table["r_hat"].isna().all())
+    assert bool((table["ess_bulk"] > 20).all())
+    assert capfd.readouterr().err == ""
+
+
 def test_parts_are_put_together_in_order_and_modes_filled_up() -> None:
     first, second = make(2, seed=1), make(3, mode_count=4, seed=2)
     whole = Posterior.concatenate([first, second])
