@@ -45,7 +45,7 @@ class Density(Common):
         labelled: a run that was trained on the same scenes with their labels; may be left away.
         data: scenes with known gazes to score on: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR,
             with @train or @test; one at least; repeatable, a column each.
-        out: a folder for results.json, table.md and samples.png; an earlier output there is replaced.
+        out: a folder for results.json, results.md and samples.png; an earlier output there is replaced.
         samples: of each prior in the picture.
         sampling: how much to sample.
     """
@@ -90,7 +90,7 @@ class Density(Common):
         }
         self.out.mkdir(parents=True, exist_ok=True)
         save_figure(samples_figure(runs, self.samples, self.seed), self.out / "samples.png")
-        write_text(self.out / "table.md", table)
+        write_text(self.out / "results.md", table)
         write_json(self.out / "results.json", results)
         print(table)
         print(f"{self.out / 'results.json'}")

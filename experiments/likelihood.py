@@ -58,7 +58,7 @@ class Likelihood(Common):
         data: scenes with known gazes to report on: orl, caltech:DIR, webfaces:DIR, lfw:DIR, multipie:DIR or folder:DIR,
             with @train or @test; one at least; repeatable, each is reported by itself.
         clutter: pictures without the object that training did not see: folder:DIR or orl, with @train or @test.
-        out: a folder for results.json, table.md and failures.png; an earlier output there is replaced.
+        out: a folder for results.json, results.md and failures.png; an earlier output there is replaced.
         random: random gazes per scene that the true one is to beat.
         diagonal: scenes to train the paper's diagonal net on, whose bound then stands beside; repeatable.
         diagonal_steps: of its ascent, at most; it stops by itself. 3000 take some ten minutes.
@@ -121,7 +121,7 @@ class Likelihood(Common):
         table = markdown_table(("figure", *scenes), _rows(results))
         self.out.mkdir(parents=True, exist_ok=True)
         save_figure(energy_paths_figure(worst), self.out / "failures.png")
-        write_text(self.out / "table.md", table)
+        write_text(self.out / "results.md", table)
         write_json(self.out / "results.json", results)
         print(table)
         print(f"{self.out / 'results.json'}")

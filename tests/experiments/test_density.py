@@ -126,4 +126,4 @@ def test_the_command_writes_scores_table_and_samples(tmp_path: Path, capsys: pyt
     assert results["scores"]["after"][data]["scenes"] == 2
     assert results["recovered"] is None
     assert (out / "samples.png").is_file()
-    assert (out / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert (out / "results.md").read_text(encoding="utf-8") in capsys.readouterr().out

@@ -352,7 +352,7 @@ def test_the_command_reports_every_figure_of_every_spec(
         diagonal_steps=2,
         sampling=Sampling(chains=2, draws=6, warmup=4),
     ).run()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "failures.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "failures.png"}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["data"]) == ["orl@train", "orl@test"]
     of_train, of_test = results["data"].values()
@@ -376,7 +376,7 @@ def test_the_command_reports_every_figure_of_every_spec(
         assert (found["presence_auc"], found["presence_auc_odds"]) == (1.0, 0.375)
         assert found["ranking"]["oracle"] >= max(found["ranking"]["odds"], found["ranking"]["evidence"])
     assert len(results["failures"]) == 4
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    table = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert table[0] == "| figure | orl@train | orl@test |" and all(line.count("|") == 4 for line in table)
     assert "bound of the prior" in capsys.readouterr().out
 
