@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from pyro.infer import HMC, MCMC, NUTS
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
+from torch.distributions import Normal
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from foveate.inference.hmc import sample_batch
 from foveate.inference.noise import KeyedNoise, Purpose, stream_keys
 from foveate.inference.posterior import Posterior, picture_hash
 from foveate.inference.potential import CanonicalDensity, GazePotential, OddsScore, PersonRatio
+from foveate.inference.proposal import ROUNDS, StudentProposal, adapted_proposal, spread_points
 from foveate.model import gaze as gazes
 from foveate.model.attention import OUTSIDE, AttentionModel, as_picture, as_tensor
 from foveate.model.errors import InputError
@@ -36,6 +38,7 @@ from foveate.model.threads import in_parallel
 __all__ = [
     "Candidates",
     "ModePoints",
+    "adapted_starts",
     "attend",
     "attend_batches",
     "canonical_draws",
@@ -290,7 +293,8 @@ def attend(
         canonical: ``(scene, 24, 24)`` in [0, 1], or uint8: whom to look for. Any picture of the person serves where the
             model can tell people apart (`AttentionModel.identity`); else the image that is looked for to the pixel.
             With a start it is looked for within four patch widths of it.
-        kernel: ``"batched"`` (`BatchedHMC`'s algorithm, all scenes and chains at once), or Pyro's own ``"hmc"`` or
+        kernel: ``"batched"`` (`BatchedHMC`'s algorithm, all scenes and chains at once, with leaps of an independence
+            sampler between the trajectories: `foveate.inference.proposal`), or Pyro's own ``"hmc"`` or
             ``"nuts"``, one chain at a time.
         modes: how many are kept with weights.
         max_objects: attend to so many objects of every picture one after the other, each time with what is explained
@@ -385,6 +389,7 @@ def attend_batches(
         "warmup": warmup,
         "kernel": kernel,
         "trajectories": TRAJECTORIES[kernel],
+        "proposal": "student_t" if kernel == "batched" else None,
         "guide_steps": guide_steps,
         "seed": seed,
         "guide_prior": float(guide.prior_weight),
@@ -503,7 +508,7 @@ def _sampled(
         return mode_potential(model, guide, pyramid[rows], base[rows], sd[rows], v)
 
     potential = potential_of(slice(0, count))
-    z0 = chain_starts(potential, base, sd, KeyedNoise(settings["seed"], streams))
+    z0, proposal = adapted_starts(potential, base, sd, KeyedNoise(settings["seed"], streams))
     if settings["kernel"] == "batched":
         z, statistics = sample_batch(
             potential,
@@ -512,6 +517,7 @@ def _sampled(
             warmup_steps=settings["warmup"],
             seed=settings["seed"],
             streams=streams,
+            proposal=proposal,
             **TRAJECTORIES["batched"],
         )
         recorded = statistics._asdict()
@@ -568,10 +574,30 @@ def chain_starts(
     points = mode_points(base[:, None], sd[:, None], START_POINTS)
     z = points.z[:, 0]
     energy, _ = potential(z)
-    share = torch.softmax(-energy - points.log_q[:, 0], -1).cumsum(-1)
-    uniform = torch.from_numpy(noise.uniform(Purpose.SEARCH, 0)[0, ..., 0].copy()).to(share)
-    chosen = torch.searchsorted(share, uniform).clamp(max=START_POINTS - 1)
-    return z.gather(1, chosen[..., None].expand(-1, -1, 4))
+    return _resampled(z, -energy - points.log_q[:, 0], noise)
+
+
+def adapted_starts(
+    potential: GazePotential, base: Float[Tensor, "scene 4"], sd: Float[Tensor, "scene 4"], noise: KeyedNoise
+) -> tuple[Float[Tensor, "scene chain 4"], StudentProposal]:
+    """Where the chains start, and what the independence sampler between their trajectories proposes, in chart units.
+
+    A Student-t is adapted to the mode from the points about it that `chain_starts` begins with and from two rounds of
+    its own points, all of them weighed against the mixture that they come from (Cornuet et al. 2012), so that what is
+    rare to a late round is not forgotten. Starts are drawn from the same points by sampling-importance-resampling.
+    """
+    points = mode_points(base[:, None], sd[:, None], START_POINTS)
+    z, first = points.z[:, 0], Normal(0.0, SPREAD * sd[:, None])
+    energy, _ = potential(z)
+    log_q = first.log_prob(z).sum(-1)
+    proposals: list[StudentProposal] = []
+    for _ in range(ROUNDS):
+        proposals.append(adapted_proposal(energy, z, log_q))
+        more = spread_points(proposals[-1])
+        z, energy = torch.cat([z, more], 1), torch.cat([energy, potential(more)[0]], 1)
+        drawn_from = [first.log_prob(z).sum(-1), *(proposal.log_prob(z) for proposal in proposals)]
+        log_q = torch.stack(drawn_from).logsumexp(0) - math.log(len(drawn_from))
+    return _resampled(z, -energy - log_q, noise), adapted_proposal(energy, z, log_q)
 
 
 def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | None = None) -> OddsScore:
@@ -598,6 +624,16 @@ def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | 
     with torch.no_grad():
         clutter = model.clutter_density()
     return OddsScore(CanonicalDensity(density_coordinates(canonical), float(model.noise)), clutter, temperature)
+
+
+def _resampled(
+    z: Float[Tensor, "scene point 4"], log_weight: Float[Tensor, "scene point"], noise: KeyedNoise
+) -> Float[Tensor, "scene chain 4"]:
+    """One of a scene's weighted points for every chain."""
+    share = torch.softmax(log_weight, -1).cumsum(-1)
+    uniform = torch.from_numpy(noise.uniform(Purpose.SEARCH, 0)[0, ..., 0].copy()).to(share)
+    chosen = torch.searchsorted(share, uniform).clamp(max=z.shape[1] - 1)
+    return z.gather(1, chosen[..., None].expand(-1, -1, 4))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from foveate.inference.adaptation import Adaptation, HMCOptions
 from foveate.inference.noise import KeyedNoise, Purpose, batch_streams
+from foveate.inference.proposal import StudentProposal
 from foveate.model.errors import InputError
 
 __all__ = ["BatchedHMC", "Chains", "HMCStatistics", "sample_batch"]
@@ -271,6 +272,7 @@ def sample_batch(
     seed: int,
     streams: Streams = None,
     adaptation: dict[str, Tensor] | None = None,
+    proposal: StudentProposal | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "*batch draw d"], HMCStatistics]:
     """Run HMC on a batch of potentials: the function underneath :class:`BatchedHMC`, with no Pyro in between.
@@ -284,6 +286,8 @@ def sample_batch(
         streams: integer keys of the batch or of its leading dimensions; the index by default.
         adaptation: a dict, updated in place with the adaptation at the end; what it holds at the start is where warm-up
             begins.
+        proposal: a density of all positions that an independence sampler proposes from before each trajectory; it
+            broadcasts against ``initial``.
         **options: ``step_size, num_steps, trajectory_length, jitter, adapt_step_size, adapt_mass_matrix,
             target_accept_prob, chees, max_num_steps`` of :class:`BatchedHMC`.
 
@@ -297,7 +301,9 @@ def sample_batch(
     if num_samples < 1 or warmup_steps < 0:
         raise InputError(f"num_samples is {num_samples} and warmup_steps {warmup_steps}: at least 1 and 0 are needed")
     keys = batch_streams(streams, tuple(initial.shape[:-1]))
-    chains = Chains(value_and_grad_fn, initial, HMCOptions(**options), warmup_steps, seed, keys, adaptation)
+    chains = Chains(
+        value_and_grad_fn, initial, HMCOptions(**options), warmup_steps, seed, keys, adaptation, proposal=proposal
+    )
     for _ in range(warmup_steps):
         chains.step()
     draws, history = [], []
@@ -321,6 +327,7 @@ class Chains:
         streams: the key of each element, see `foveate.inference.noise.batch_streams`.
         carried: an earlier `state_dict`, from which elements of the same key start.
         explain: ``(position, element)`` to a clause that says what is wrong there, for error messages.
+        proposal: what an independence sampler proposes from before each trajectory.
     """
 
     def __init__(
@@ -333,8 +340,9 @@ class Chains:
         streams: Tensor,
         carried: dict[str, Tensor] | None = None,
         explain: Callable[[Tensor, tuple[int, ...]], str] = lambda z, element: "",
+        proposal: StudentProposal | None = None,
     ) -> None:
-        self.value_and_grad = value_and_grad
+        self.value_and_grad, self.proposal = value_and_grad, proposal
         self.options, self.warmup_steps, self.streams = options, warmup_steps, streams
         self.noise = KeyedNoise(seed, streams)
         self.draw = 0
@@ -371,6 +379,8 @@ class Chains:
 
     def step(self) -> HMCStatistics:
         """One draw of every chain."""
+        if self.proposal is not None:
+            self._leap(self.proposal)
         adaptation = self.adaptation
         momentum, log_uniform, fraction = self._numbers()
         step_size, steps = adaptation.plan(fraction)
@@ -439,6 +449,20 @@ class Chains:
         i = self.draw - self._block_start
         momentum, log_uniform, fraction = self._block
         return momentum[i], log_uniform[i], fraction[i]
+
+    def _leap(self, proposal: StudentProposal) -> None:
+        """One step of the independence sampler: a position from the proposal, whatever the present one is."""
+        here = self.position
+        normal = torch.from_numpy(self.noise.normal(Purpose.LEAP, self.draw, 1, here.shape[-1])[0]).to(here)
+        uniform = torch.from_numpy(self.noise.uniform(Purpose.LEAP_TAIL, self.draw, 1, 3)[0]).to(here)
+        there = proposal.place(normal, uniform[..., :2])
+        energy, gradient = self.value_and_grad(there)
+        ratio = self.energy - energy + proposal.log_prob(here) - proposal.log_prob(there)
+        # A ratio that is not a number is refused.
+        accepted = uniform[..., 2].log() < torch.where(torch.isfinite(energy), ratio, -math.inf)
+        self.position = torch.where(accepted[..., None], there, here)
+        self.gradient = torch.where(accepted[..., None], gradient, self.gradient)
+        self.energy = torch.where(accepted, energy, self.energy)
 
     def _leapfrog(
         self, z: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, steps: int | Tensor

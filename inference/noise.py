@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     SEARCH = 5
     GIBBS = 6
     KERNEL = 7
+    LEAP = 8
+    LEAP_TAIL = 9
 
 
 class KeyedNoise:

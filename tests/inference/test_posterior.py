@@ -1,6 +1,7 @@
 """Posteriors as tensors, through ArviZ and through netCDF."""
 
 import hashlib
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -201,6 +202,26 @@ def test_a_summary_of_one_chain_says_nan_and_prints_nothing(capfd: pytest.Captur
     assert bool(table["r_hat"].isna().all())
     assert bool((table["ess_bulk"] > 20).all())
     assert capfd.readouterr().err == ""
+
+
+def test_what_else_arviz_has_to_say_comes_through(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.Logger("arviz")
+    log.addHandler(caplog.handler)
+    monkeypatch.setattr(arviz, "_log", log, raising=False)
+    of_shape, other = "Shape validation failed: input_shape: (1, 9)", "9 of 100 draws are not finite"
+
+    def summary(*_: object, **__: object) -> None:
+        log.warning(of_shape)
+        log.warning(other)
+
+    monkeypatch.setattr(arviz, "summary", summary)
+    make(chains=1).summary()
+    assert caplog.messages == [other]
+    # Whoever asks ArviZ himself is told all there is.
+    log.warning(of_shape)
+    assert caplog.messages == [other, of_shape]
 
 
 def test_parts_are_put_together_in_order_and_modes_filled_up() -> None:
