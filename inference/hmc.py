@@ -39,10 +39,10 @@ class HMCStatistics(NamedTuple):
 
     Attributes:
         lp: log density of the draw in unconstrained space, up to the model's constant; nats.
-        acceptance_rate: probability with which the proposal was accepted.
+        acceptance_rate: probability with which the trajectory's end was accepted.
         step_size: leapfrog step of the trajectory, in units of the metric.
         n_steps: leapfrog steps of the trajectory.
-        diverging: the energy went wrong by more than 1000 nats or became NaN; the proposal was rejected.
+        diverging: the energy went wrong by more than 1000 nats or became NaN; the trajectory's end was rejected.
         energy: potential plus kinetic energy of the draw; nats.
         energy_error: energy at the trajectory's end less at its start; infinite where it is not a number.
     """

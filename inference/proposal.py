@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-__all__ = ["DEGREES", "StudentProposal", "adapted_proposal"]
+__all__ = ["DEGREES", "ROUNDS", "StudentProposal", "adapted_proposal", "spread_points"]
 
 # Degrees of freedom: tails heavier than any posterior's that falls off like a normal. Even, for the draws' sake.
 DEGREES = 4
