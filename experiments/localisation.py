@@ -345,8 +345,8 @@ def _look_at(run: Run, collection: Collection, sampling: Sampling, starts: int, 
     with measured("protocol_posterior"):
         protocol = attend(run.model, run.guide, scenes, start=first, progress=True, **how_much)
     for name, of_method in (("posterior", posterior), ("protocol_posterior", protocol)):
-        # The sampler looks at one patch a leapfrog step.
-        costs[name]["windows"] += float(of_method.statistics["n_steps"].double().sum((1, 2)).mean())
+        # The sampler looks at one patch a leapfrog step, and at one a leap.
+        costs[name]["windows"] += float((of_method.statistics["n_steps"].double() + 1).sum((1, 2)).mean())
 
     shown = torch.linspace(0, count - 1, min(starts, count)).round().long()
     convention = None if train is None else convention_of(run, train, seed)
@@ -654,7 +654,8 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"{runs}{f'Trained on {learned_from[0]}. ' if len(learned_from) == 1 else ''}Haar and templates fitted on "
         f"{', '.join(results['detectors_fitted_on'])}. {seeds} run{'s' * (seeds > 1)}, mean ± standard deviation. "
         "Accuracy is the share of scenes with IoU > 0.5. Windows are the cells of the glance, the windows of the looks "
-        "and the patches of the sampler's kept leapfrog steps; for Haar and templates the positions of their grids.\n"
+        "and the patches of the kept draws' leapfrog steps and leaps; for Haar and templates the positions of their "
+        "grids.\n"
     ]
     for told in results["collections"]:
         parts.append(f"## {told['label']}, {told['scenes']} scenes\n\n{markdown_table(TABLE_1, _table_1(told))}")

@@ -585,19 +585,27 @@ def adapted_starts(
     A Student-t is adapted to the mode from the points about it that `chain_starts` begins with and from two rounds of
     its own points, all of them weighed against the mixture that they come from (Cornuet et al. 2012), so that what is
     rare to a late round is not forgotten. Starts are drawn from the same points by sampling-importance-resampling.
+    Neither starts nor leaps go to what would be another mode.
     """
+
+    def within(z: Tensor) -> Tensor:
+        return gazes.overlap(potential.chart.to_gaze(z), potential.chart.base) > MERGE
+
+    def energy_within(z: Tensor) -> Tensor:
+        return torch.where(within(z), potential(z)[0], math.inf)
+
     points = mode_points(base[:, None], sd[:, None], START_POINTS)
     z, first = points.z[:, 0], Normal(0.0, SPREAD * sd[:, None])
-    energy, _ = potential(z)
-    log_q = first.log_prob(z).sum(-1)
+    energy, log_q = energy_within(z), first.log_prob(z).sum(-1)
     proposals: list[StudentProposal] = []
-    for _ in range(ROUNDS):
+    for round_ in range(ROUNDS):
         proposals.append(adapted_proposal(energy, z, log_q))
-        more = spread_points(proposals[-1])
-        z, energy = torch.cat([z, more], 1), torch.cat([energy, potential(more)[0]], 1)
+        more = spread_points(proposals[-1], seed=round_)
+        z, energy = torch.cat([z, more], 1), torch.cat([energy, energy_within(more)], 1)
         drawn_from = [first.log_prob(z).sum(-1), *(proposal.log_prob(z) for proposal in proposals)]
         log_q = torch.stack(drawn_from).logsumexp(0) - math.log(len(drawn_from))
-    return _resampled(z, -energy - log_q, noise), adapted_proposal(energy, z, log_q)
+    proposal = adapted_proposal(energy, z, log_q)._replace(within=within)
+    return _resampled(z, -energy - log_q, noise), proposal
 
 
 def odds_score(model: AttentionModel, canonical: Float[Tensor, "scene 24 24"] | None = None) -> OddsScore:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pyro
 import torch
 from jaxtyping import Bool, Float, Int
@@ -342,16 +343,17 @@ class Chains:
         explain: Callable[[Tensor, tuple[int, ...]], str] = lambda z, element: "",
         proposal: StudentProposal | None = None,
     ) -> None:
-        self.value_and_grad, self.proposal = value_and_grad, proposal
+        self.value_and_grad = value_and_grad
         self.options, self.warmup_steps, self.streams = options, warmup_steps, streams
         self.noise = KeyedNoise(seed, streams)
         self.draw = 0
         self.last: HMCStatistics | None = None
-        self._block: tuple[Tensor, Tensor, Tensor] | None = None
+        self._block: list[Tensor] | None = None
         self._block_start = 0
         self._explain = explain
         self.move(position.detach())
         self._require_finite()
+        self.proposal = None if proposal is None else proposal.to(self.position)
         self.adaptation = Adaptation(options, self.position, warmup_steps)
         new = torch.ones_like(self.energy, dtype=torch.bool)
         if carried:
@@ -379,10 +381,10 @@ class Chains:
 
     def step(self) -> HMCStatistics:
         """One draw of every chain."""
-        if self.proposal is not None:
-            self._leap(self.proposal)
         adaptation = self.adaptation
-        momentum, log_uniform, fraction = self._numbers()
+        momentum, log_uniform, fraction, *of_leap = self._numbers()
+        if self.proposal is not None:
+            self._leap(self.proposal, *of_leap)
         step_size, steps = adaptation.plan(fraction)
         before = self.energy + 0.5 * (momentum * momentum).sum(-1)
         position, momentum, energy, gradient = self.trajectory(
@@ -393,9 +395,7 @@ class Chains:
         accept_prob = torch.exp(-error).clamp_(max=1.0)
         accepted = log_uniform < -error
         start = self.position
-        self.position = torch.where(accepted[..., None], position, start)
-        self.gradient = torch.where(accepted[..., None], gradient, self.gradient)
-        self.energy = torch.where(accepted, energy, self.energy)
+        self._take(accepted, position, energy, gradient)
         self.draw += 1
         self.last = HMCStatistics(
             lp=-self.energy,
@@ -435,32 +435,41 @@ class Chains:
         self.adaptation.load(**merged)
         return found
 
-    def _numbers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Momenta, log uniforms and jitter of the next draw."""
+    def _numbers(self) -> list[Tensor]:
+        """Momenta, log uniforms and jitter of the next draw; those of a leap after them, where chains leap."""
         if self._block is None or self.draw >= self._block_start + self._block[0].shape[0]:
             size = self.position.shape[-1]
             draws = max(1, min(64, _NOISE_BLOCK // max(1, self.position.numel())))
-            like = self.position
+            normal, uniform = self.noise.normal, self.noise.uniform
             self._block_start = self.draw
-            momentum = torch.from_numpy(self.noise.normal(Purpose.MOMENTUM, self.draw, draws, size))
-            uniform = torch.from_numpy(self.noise.uniform(Purpose.ACCEPT, self.draw, draws))[..., 0]
-            fraction = torch.from_numpy(self.noise.uniform(Purpose.JITTER, self.draw, draws))[..., 0]
-            self._block = (momentum.to(like), uniform.log().to(like), fraction.to(like))
-        i = self.draw - self._block_start
-        momentum, log_uniform, fraction = self._block
-        return momentum[i], log_uniform[i], fraction[i]
+            block = [
+                normal(Purpose.MOMENTUM, self.draw, draws, size),
+                np.log(uniform(Purpose.ACCEPT, self.draw, draws)[..., 0]),
+                uniform(Purpose.JITTER, self.draw, draws)[..., 0],
+            ]
+            if self.proposal is not None:
+                block += [
+                    normal(Purpose.LEAP, self.draw, draws, size),
+                    uniform(Purpose.LEAP_TAIL, self.draw, draws, 2),
+                    np.log(uniform(Purpose.LEAP_ACCEPT, self.draw, draws)[..., 0]),
+                ]
+            self._block = [torch.from_numpy(numbers).to(self.position) for numbers in block]
+        return [numbers[self.draw - self._block_start] for numbers in self._block]
 
-    def _leap(self, proposal: StudentProposal) -> None:
+    def _leap(self, proposal: StudentProposal, normal: Tensor, uniform: Tensor, log_uniform: Tensor) -> None:
         """One step of the independence sampler: a position from the proposal, whatever the present one is."""
-        here = self.position
-        normal = torch.from_numpy(self.noise.normal(Purpose.LEAP, self.draw, 1, here.shape[-1])[0]).to(here)
-        uniform = torch.from_numpy(self.noise.uniform(Purpose.LEAP_TAIL, self.draw, 1, 3)[0]).to(here)
-        there = proposal.place(normal, uniform[..., :2])
+        there = proposal.place(normal, uniform)
         energy, gradient = self.value_and_grad(there)
-        ratio = self.energy - energy + proposal.log_prob(here) - proposal.log_prob(there)
-        # A ratio that is not a number is refused.
-        accepted = uniform[..., 2].log() < torch.where(torch.isfinite(energy), ratio, -math.inf)
-        self.position = torch.where(accepted[..., None], there, here)
+        ratio = self.energy - energy + proposal.log_prob(self.position) - proposal.log_prob(there)
+        # From and to where the proposal reaches, and only where a trajectory can begin.
+        possible = torch.isfinite(energy) & torch.isfinite(gradient).all(-1)
+        if proposal.within is not None:
+            possible = possible & proposal.within(self.position) & proposal.within(there)
+        self._take(possible & (log_uniform < ratio), there, energy, gradient)
+
+    def _take(self, accepted: Tensor, position: Tensor, energy: Tensor, gradient: Tensor) -> None:
+        """Go on from there where it was accepted."""
+        self.position = torch.where(accepted[..., None], position, self.position)
         self.gradient = torch.where(accepted[..., None], gradient, self.gradient)
         self.energy = torch.where(accepted, energy, self.energy)
 

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     KERNEL = 7
     LEAP = 8
     LEAP_TAIL = 9
+    LEAP_ACCEPT = 10
 
 
 class KeyedNoise:

@@ -9,17 +9,18 @@ chains keep their posterior exactly.
 Convention: positions ``(..., d)`` are coordinates of a chart, as the potential takes them.
 """
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 __all__ = ["DEGREES", "ROUNDS", "StudentProposal", "adapted_proposal", "spread_points"]
 
-# Degrees of freedom: tails heavier than any posterior's that falls off like a normal. Even, for the draws' sake.
+# Degrees of freedom: tails heavier than any posterior's that falls off like a normal. Draws are made for four alone.
 DEGREES = 4
 # Points of a round of adaptation, and rounds.
 POINTS, ROUNDS = 256, 2
@@ -29,22 +30,25 @@ LEAST_ESS, LEAST_VARIANCE = 24, 1e-3
 
 
 class StudentProposal(NamedTuple):
-    """Multivariate Student-t densities with `DEGREES` degrees of freedom.
+    """Multivariate Student-t densities with four degrees of freedom.
 
     Attributes:
         mean: ``(*batch, d)``.
-        scale_tril: ``(*batch, d, d)`` Cholesky factors of the scale matrices.
+        scale_tril: ``(*batch, d, d)`` Cholesky factors of the scale matrices, half of the covariances.
+        within: positions ``(..., d)`` to whether a leap may begin and end there; ``None`` is everywhere. The densities
+            are then those of what lies within, up to a constant; elsewhere a chain has its trajectories alone.
     """
 
     mean: Float[Tensor, "*batch d"]
     scale_tril: Float[Tensor, "*batch d d"]
+    within: Callable[[Tensor], Tensor] | None = None
 
     def place(
         self, normal: Float[Tensor, "*points d"], uniform: Float[Tensor, "*points 2"]
     ) -> Float[Tensor, "*each d"]:
-        """Draws from standard normal numbers and two uniform ones each, whose logs make a χ² of 4 degrees.
+        """Draws from standard normal numbers and two uniform ones each, whose logs make a χ² of four degrees.
 
-        The points broadcast against the densities.
+        The points broadcast against the densities. Those that are not `within` are among them.
         """
         chi_square = -2 * uniform.log().sum(-1, keepdim=True)
         spread = normal * torch.sqrt(DEGREES / chi_square)
@@ -52,18 +56,12 @@ class StudentProposal(NamedTuple):
 
     def log_prob(self, position: Float[Tensor, "*points d"]) -> Float[Tensor, "*each"]:
         """Log densities, nats; the positions broadcast against the densities."""
-        d = position.shape[-1]
-        away = (position - self.mean)[..., None]
-        batch = torch.broadcast_shapes(away.shape[:-2], self.scale_tril.shape[:-2])
-        root = self.scale_tril.expand(*batch, d, d)
-        white = torch.linalg.solve_triangular(root, away.expand(*batch, d, 1), upper=False)[..., 0]
-        normaliser = (
-            math.lgamma((DEGREES + d) / 2)
-            - math.lgamma(DEGREES / 2)
-            - d / 2 * math.log(DEGREES * math.pi)
-            - self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        )
-        return normaliser - (DEGREES + d) / 2 * torch.log1p(white.square().sum(-1) / DEGREES)
+        degrees = torch.full_like(self.mean[..., 0], DEGREES)
+        return MultivariateStudentT(degrees, self.mean, self.scale_tril, validate_args=False).log_prob(position)
+
+    def to(self, like: Tensor) -> "StudentProposal":
+        """The same in the dtype and on the device of `like`."""
+        return StudentProposal(self.mean.to(like), self.scale_tril.to(like), self.within)
 
 
 def adapted_proposal(
@@ -80,22 +78,19 @@ def adapted_proposal(
     """
     log_weight = torch.where(torch.isfinite(energy), -energy - log_q, -1e30)
     power = torch.ones_like(log_weight[:, :1])
-    for _ in range(40):
-        share = torch.softmax(power * log_weight, -1)
-        few = share.square().sum(-1, keepdim=True) * LEAST_ESS > 1
-        if not bool(few.any()):
-            break
+    share = torch.softmax(log_weight, -1)
+    while bool((few := share.square().sum(-1, keepdim=True) * LEAST_ESS > 1).any()) and float(power.min()) > 1e-4:
         power = torch.where(few, 0.8 * power, power)
-    share = torch.softmax(power * log_weight, -1)[..., None]
-    mean = (share * position).sum(1, keepdim=True)
+        share = torch.softmax(power * log_weight, -1)
+    mean = (share[..., None] * position).sum(1, keepdim=True)
     away = position - mean
     least = LEAST_VARIANCE * torch.eye(position.shape[-1], dtype=position.dtype, device=position.device)
-    return StudentProposal(mean, torch.linalg.cholesky((share * away).mT @ away + least)[:, None])
+    return StudentProposal(mean, torch.linalg.cholesky((share[..., None] * away).mT @ away + least)[:, None])
 
 
-def spread_points(proposal: StudentProposal) -> Float[Tensor, "scene point d"]:
-    """A fixed scrambled Sobol set through each scene's density, `POINTS` points."""
+def spread_points(proposal: StudentProposal, seed: int) -> Float[Tensor, "scene point d"]:
+    """A fixed set of `POINTS` points through each scene's density, from the Sobol set that is scrambled by `seed`."""
     d = proposal.mean.shape[-1]
-    uniform = SobolEngine(d + 2, scramble=True, seed=1).draw(POINTS, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    uniform = SobolEngine(d + 2, scramble=True, seed=seed).draw(POINTS, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
     uniform = uniform.to(proposal.mean)
     return proposal.place(torch.special.ndtri(uniform[:, :d]), uniform[:, d:])

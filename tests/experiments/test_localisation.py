@@ -274,11 +274,11 @@ def test_every_initial_error_is_scored_on_the_scenes_that_were_started_with_it(
             assert overlap.tolist() == pytest.approx([min(size, 1 / size) ** 2] * 3)
 
 
-def test_a_run_is_asked_by_the_protocol_and_a_leapfrog_step_is_a_window(
+def test_a_run_is_asked_by_the_protocol_and_a_leapfrog_step_and_a_leap_are_windows(
     blank_run: Path, posterior_of: Callable[..., Posterior], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[Any] = []
-    # 2 chains × 3 draws × 1, 2 and 6 steps: 18 windows a scene on average.
+    # 2 chains × 3 draws × 1, 2 and 6 steps and one leap: 24 windows a scene on average.
     steps = torch.tensor([1, 2, 6])[:, None, None].expand(3, 2, 3)
     ends = torch.stack([TRUTH, TRUTH + 1], 1)
 
@@ -299,7 +299,7 @@ def test_a_run_is_asked_by_the_protocol_and_a_leapfrog_step_is_a_window(
     seen = localisation._look_at(load(blank_run), _faces(), Sampling(draws=20), 2, 5)
     assert starts[0] is None and torch.equal(starts[1], jittered_starts(TRUTH, 5)) and len(starts) == 2
     windows = {name: cost["windows"] for name, cost in seen.costs.items()}
-    assert windows == {"guide": 0.0, "posterior": 18.0, "protocol_guide": 0.0, "protocol_posterior": 18.0}
+    assert windows == {"guide": 0.0, "posterior": 24.0, "protocol_guide": 0.0, "protocol_posterior": 24.0}
     assert torch.equal(seen.guide, TRUTH) and torch.equal(seen.convention, DIFFERENCE + 5)
     # Two of three scenes, from one end to the other.
     robustness: Any = seen.robustness

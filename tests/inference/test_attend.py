@@ -212,9 +212,26 @@ def test_the_proposal_of_leaps_has_the_posteriors_mean_and_covariance(world: Wor
     mean, root = proposal.mean[0, 0], proposal.scale_tril[0, 0]
     assert bool(((mean - exact.mean).abs() < 0.28 * exact.sd).all())
     torch.testing.assert_close((root @ root.T).diagonal().sqrt() / exact.sd, torch.ones(4).double(), rtol=0, atol=0.2)
-    # Chains start within the mode, each somewhere else.
     assert bool(((starts[0] - exact.mean).abs() < 5 * exact.sd).all())
-    assert len(starts[0].unique(dim=0)) > 1
+
+
+def test_neither_starts_nor_leaps_go_to_another_mode(world: World) -> None:
+    """Two copies of the object, 24 canonical pixels from each other, and a belief that is wide enough for both."""
+    one = gazes.from_parts(torch.tensor([40.0, 48.0]), torch.tensor(1.6), torch.tensor(0.0)).double()
+    other = gazes.from_parts(torch.tensor([40 + 24 * 1.6, 48.0]), torch.tensor(1.6), torch.tensor(0.0)).double()
+    pyramid = Pyramid.build([paint((96, 128), 7, [(0, one), (0, other)])], oversampling=2.0, smallest=0.07)
+    base, sd = one[None], torch.tensor([[4.0, 1.0, 1.0, 1.0]]).double()
+    potential = attending.mode_potential(world.model, world.guide, pyramid, base, sd)
+    # They are as good as each other.
+    of_both = potential(potential.chart.to_chart(torch.stack([one, other])[None]))[0]
+    assert float((of_both[0, 0] - of_both[0, 1]).abs()) < 20
+    starts, proposal = attending.adapted_starts(potential, base, sd, KeyedNoise(0, torch.arange(64)[None]))
+    assert proposal.within is not None
+    assert bool(proposal.within(starts).all())
+    z = potential.chart.to_chart(torch.stack([one, other])[None])
+    assert proposal.within(z)[0].tolist() == [True, False]
+    # What is adapted to one of them is as narrow as one of them.
+    assert float(proposal.scale_tril[0, 0, 0, 0]) < 3
 
 
 def test_leaps_leave_draws_with_little_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
