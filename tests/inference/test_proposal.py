@@ -190,7 +190,7 @@ def test_after_a_leap_energy_and_gradient_are_those_of_the_position() -> None:
 
 def test_leaps_alone_keep_the_law_of_exact_draws() -> None:
     start = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    chains = leaping(start, StudentProposal(torch.tensor([0.7]).double(), torch.tensor([[0.6]]).double()), 2)
+    chains = leaping(start, StudentProposal(torch.tensor([0.7]).double(), torch.tensor([[0.6]]).double()), 20)
     # One false alarm in ten thousand.
     assert stats.kstest(chains.position[:, 0].numpy(), stats.norm.cdf).pvalue > 1e-4
     assert float((chains.position != start).double().mean()) > 0.5
