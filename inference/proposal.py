@@ -39,8 +39,8 @@ class StudentProposal(NamedTuple):
             are then those of what lies within, up to a constant; elsewhere a chain has its trajectories alone.
     """
 
-    mean: Float[Tensor, "*batch d"]
-    scale_tril: Float[Tensor, "*batch d d"]
+    mean: Tensor
+    scale_tril: Tensor
     within: Callable[[Tensor], Tensor] | None = None
 
     def place(
