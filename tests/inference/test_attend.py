@@ -257,7 +257,8 @@ def test_pyros_own_kernels_have_the_mean_and_sd_of_brute_force_quadrature(world:
         guide_steps=0,
         kernel=kernel,
         chains=2,
-        draws=120,
+        # Of 120 one machine's last bits leave standard errors of more than 0.2 sd.
+        draws=300,
         warmup=40,
     )
     assert_same_moments(posterior.gaze[0], world.start[0], quadrature(world, 0, world.start[0]))
