@@ -586,6 +586,8 @@ def adapted_starts(
     its own points, all of them weighed against the mixture that they come from (Cornuet et al. 2012), so that what is
     rare to a late round is not forgotten. Starts are drawn from the same points by sampling-importance-resampling.
     Neither starts nor leaps go to what would be another mode.
+
+    Convention: `sd` is in the units of the chart. There is one proposal a scene, ``(scene, 1)``, for all chains.
     """
 
     def within(z: Tensor) -> Tensor:

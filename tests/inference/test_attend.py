@@ -201,7 +201,7 @@ def test_draws_have_the_mean_and_sd_of_brute_force_quadrature(
     torch.testing.assert_close(posterior.statistics["lp"][0, 0].double(), expected, rtol=1e-4, atol=0.02)
 
 
-def test_the_proposal_of_leaps_has_the_posteriors_mean_and_covariance(world: World) -> None:
+def test_the_proposal_of_leaps_has_the_posteriors_mean_and_sds(world: World) -> None:
     base, sd = world.start[:1], torch.tensor([[1.0, 1.0, 1.5, 1.5]]).double()
     pyramid = Pyramid.build(world.scenes.pictures([0]), oversampling=2.0, smallest=0.07)
     potential = attending.mode_potential(world.model, world.guide, pyramid, base, sd)
@@ -222,9 +222,9 @@ def test_neither_starts_nor_leaps_go_to_another_mode(world: World) -> None:
     pyramid = Pyramid.build([paint((96, 128), 7, [(0, one), (0, other)])], oversampling=2.0, smallest=0.07)
     base, sd = one[None], torch.tensor([[4.0, 1.0, 1.0, 1.0]]).double()
     potential = attending.mode_potential(world.model, world.guide, pyramid, base, sd)
-    # They are as good as each other.
-    of_both = potential(potential.chart.to_chart(torch.stack([one, other])[None]))[0]
-    assert float((of_both[0, 0] - of_both[0, 1]).abs()) < 20
+    # The other one is the better by some nats.
+    of_one, of_other = potential(potential.chart.to_chart(torch.stack([one, other])[None]))[0][0].tolist()
+    assert of_one - 10 < of_other < of_one
     starts, proposal = attending.adapted_starts(potential, base, sd, KeyedNoise(0, torch.arange(64)[None]))
     assert proposal.within is not None
     assert bool(proposal.within(starts).all())

@@ -67,13 +67,13 @@ def test_adaptation_finds_the_mean_and_covariance_of_a_normal() -> None:
     def white(columns: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(ROOT, columns, upper=False)
 
-    # 256 points, of which some 200 count: in units of the normal's own axes errors of the mean are 1 / √200, of a
-    # variance √(2 / 200), of a covariance less. Three of them.
-    assert bool((white(proposal.mean[0].T - MEAN[:, None]).abs() < 3 / math.sqrt(200)).all())
+    # In units of the normal's own axes. 200 of the 256 points count; independent ones would err by 0.07 and 0.1, the
+    # Sobol set's by half of it (0.037 and 0.084 were the largest of four scramblings). A scale off by a tenth is 0.21.
+    assert bool((white(proposal.mean[0].T - MEAN[:, None]).abs() < 0.1).all())
     found = white(proposal.scale_tril[0, 0])
     added = white(math.sqrt(LEAST_VARIANCE) * torch.eye(4).double())
     expected = torch.eye(4).double() + added @ added.T
-    torch.testing.assert_close(found @ found.T, expected, rtol=0, atol=3 * math.sqrt(2 / 200))
+    torch.testing.assert_close(found @ found.T, expected, rtol=0, atol=0.15)
 
 
 def test_one_point_far_ahead_does_not_make_it_narrow() -> None:
