@@ -460,11 +460,13 @@ class Chains:
         """One step of the independence sampler: a position from the proposal, whatever the present one is."""
         there = proposal.place(normal, uniform)
         energy, gradient = self.value_and_grad(there)
-        ratio = self.energy - energy + proposal.log_prob(self.position) - proposal.log_prob(there)
+        both = torch.stack([there, self.position])
+        log_q = proposal.log_prob(both)
+        ratio = self.energy - energy + log_q[1] - log_q[0]
         # From and to where the proposal reaches, and only where a trajectory can begin.
         possible = torch.isfinite(energy) & torch.isfinite(gradient).all(-1)
         if proposal.within is not None:
-            possible = possible & proposal.within(self.position) & proposal.within(there)
+            possible = possible & proposal.within(both).all(0)
         self._take(possible & (log_uniform < ratio), there, energy, gradient)
 
     def _take(self, accepted: Tensor, position: Tensor, energy: Tensor, gradient: Tensor) -> None:

@@ -11,12 +11,13 @@ import numba
 import numpy as np
 
 from foveate.model.identity import FLAT, ROOT
-from foveate.model.kernels import compiled
+from foveate.model.kernels import bilinear, compiled, two_levels
 
 __all__ = [
     "contract_slopes",
     "edge_features",
     "edge_slopes",
+    "local_contrast",
     "patch_slopes",
     "quadratic_energy",
     "quadratic_trajectory",
@@ -36,77 +37,13 @@ _POINTS = 576
 @compiled(fastmath=_FAST)
 @no_type_check
 def _frame(texels, offset, rows, columns, stride, size, scene, a, b, tx, ty, px, py):
-    """What the points of one patch have in common, in the texels' dtype: the gaze and the two levels that it reads.
-
-    Positions are counted from a corner left of and above the patch, so that single precision loses nothing on a large
-    picture.
-    """
+    """What the points of one patch have in common, in the texels' dtype: the gaze and the two levels that it reads."""
     number = px.dtype.type
-    index = np.uint32
-    level = min(math.log2(max(a * a + b * b, 1.0)), offset.shape[1] - 1 - 1e-9)
-    k = int(level)
-    stride_0, stride_1 = stride[scene, k], stride[scene, k + 1]
-    width, height = float(size[scene, 1] - 1), float(size[scene, 0] - 1)
     reach = (abs(a) + abs(b)) * max(abs(px[0]), abs(py[0]))
-    corner_x = stride_1 * int(min(max(tx - reach, 0.0), max(width - stride_1, 0.0)) / stride_1)
-    corner_y = stride_1 * int(min(max(ty - reach, 0.0), max(height - stride_1, 0.0)) / stride_1)
-    columns_0, columns_1 = columns[scene, k], columns[scene, k + 1]
-    rows_0, rows_1 = rows[scene, k], rows[scene, k + 1]
-    first_0 = (corner_y // stride_0) * columns_0 + corner_x // stride_0
-    first_1 = (corner_y // stride_1) * columns_1 + corner_x // stride_1
-    frame = (
-        number(a),
-        number(b),
-        number(tx - corner_x),
-        number(ty - corner_y),
-        number(width - corner_x),
-        number(height - corner_y),
+    middle, last, fraction, texels_0, finer, texels_1, coarser = two_levels(
+        texels, offset, rows, columns, stride, size, scene, a * a + b * b, tx, ty, reach, number
     )
-    finer = (
-        number(1.0 / stride_0),
-        index(max(columns_0 - 2, 0) - corner_x // stride_0),
-        index(max(rows_0 - 2, 0) - corner_y // stride_0),
-        index(columns_0),
-        index(1 if columns_0 > 1 else 0),
-        index(columns_0 if rows_0 > 1 else 0),
-    )
-    coarser = (
-        number(1.0 / stride_1),
-        index(max(columns_1 - 2, 0) - corner_x // stride_1),
-        index(max(rows_1 - 2, 0) - corner_y // stride_1),
-        index(columns_1),
-        index(1 if columns_1 > 1 else 0),
-        index(columns_1 if rows_1 > 1 else 0),
-    )
-    return (
-        frame,
-        number(level - k),
-        texels[offset[scene, k] + first_0 :],
-        finer,
-        texels[offset[scene, k + 1] + first_1 :],
-        coarser,
-    )
-
-
-@numba.njit(nogil=True, inline="always")
-@no_type_check
-def _bilinear(texels, x, y, per, last_column, last_row, wide, right, down):
-    """Intensity and slopes of one level at a point inside the picture."""
-    number = texels.dtype.type
-    u, v = x * per, y * per
-    column, row = np.uint32(u), np.uint32(v)
-    column = column if column < last_column else last_column
-    row = row if row < last_row else last_row
-    u, v = u - number(column), v - number(row)
-    here = row * wide + column
-    left = texels[here]
-    top = texels[here + right] - left
-    below = here + down
-    left_below = texels[below]
-    bottom = texels[below + right] - left_below
-    upper = left + u * top
-    fall = left_below + u * bottom - upper
-    return upper + v * fall, (top + v * (bottom - top)) * per, fall * per
+    return (number(a), number(b), *middle, *last), fraction, texels_0, finer, texels_1, coarser
 
 
 @numba.njit(nogil=True, inline="always")
@@ -120,8 +57,8 @@ def _point(frame, fraction, texels_0, finer, texels_1, coarser, px, py):
     x = x if x < last_x else last_x
     y = at_y if at_y > zero else zero
     y = y if y < last_y else last_y
-    value, along_x, along_y = _bilinear(texels_0, x, y, finer[0], finer[1], finer[2], finer[3], finer[4], finer[5])
-    value_1, along_x_1, along_y_1 = _bilinear(
+    value, along_x, along_y = bilinear(texels_0, x, y, finer[0], finer[1], finer[2], finer[3], finer[4], finer[5])
+    value_1, along_x_1, along_y_1 = bilinear(
         texels_1, x, y, coarser[0], coarser[1], coarser[2], coarser[3], coarser[4], coarser[5]
     )
     rise = value_1 - value
@@ -490,3 +427,72 @@ def edge_slopes(begin, end, patches, weight, slope):
                 out[r, max(c - 1, 0)] -= of_x
                 out[min(r + 1, _SIDE - 1), c] += of_y
                 out[max(r - 1, 0), c] -= of_y
+
+
+@compiled(fastmath=_FAST)
+@no_type_check
+def local_contrast(begin, end, views, cell, reaches, floor, out):
+    """`foveate.inference.glance.local_contrast` of views ``(n, rows, columns)``, channels last: ``out (…, 2)``.
+
+    `cell` is the side of the blocks that are averaged first, `reaches` how many of them on either side are averaged
+    next, and `floor` the variance that is added.
+    """
+    number = views.dtype.type
+    height, width = views.shape[1:]
+    rows, columns = -(-height // cell), -(-width // cell)
+    # Means of intensities and of their squares: of blocks, along rows of blocks, and of squares of blocks.
+    blocks, along = np.empty((2, rows, columns), views.dtype), np.empty((2, rows, columns), views.dtype)
+    # Mean and sd over squares of either reach, for every column of the view.
+    wide = np.empty((rows, 4, width), views.dtype)
+    for n in range(begin, end):
+        view = views[n]
+        for r in range(rows):
+            for c in range(columns):
+                total, square = number(0), number(0)
+                bottom, right = min(cell * (r + 1), height), min(cell * (c + 1), width)
+                for i in range(cell * r, bottom):
+                    for j in range(cell * c, right):
+                        total += view[i, j]
+                        square += view[i, j] * view[i, j]
+                inside = number((bottom - cell * r) * (right - cell * c))
+                blocks[0, r, c], blocks[1, r, c] = total / inside, square / inside
+        for which in range(2):
+            reach = reaches[which]
+            for r in range(rows):
+                for c in range(columns):
+                    left, right = max(c - reach, 0), min(c + reach + 1, columns)
+                    total, square = number(0), number(0)
+                    for j in range(left, right):
+                        total += blocks[0, r, j]
+                        square += blocks[1, r, j]
+                    inside = number(right - left)
+                    along[0, r, c], along[1, r, c] = total / inside, square / inside
+            for r in range(rows):
+                top, bottom = max(r - reach, 0), min(r + reach + 1, rows)
+                inside = number(bottom - top)
+                mean, sd = np.zeros(columns, views.dtype), np.zeros(columns, views.dtype)
+                for i in range(top, bottom):
+                    for c in range(columns):
+                        mean[c] += along[0, i, c] / inside
+                        sd[c] += along[1, i, c] / inside
+                for c in range(columns):
+                    variance = sd[c] - mean[c] * mean[c]
+                    sd[c] = math.sqrt((variance if variance > number(0) else number(0)) + number(floor))
+                for j in range(width):
+                    at = max((j + 0.5) * columns / width - 0.5, 0.0)
+                    c = int(at)
+                    share, following = number(at - c), min(c + 1, columns - 1)
+                    wide[r, 2 * which, j] = mean[c] + share * (mean[following] - mean[c])
+                    wide[r, 2 * which + 1, j] = sd[c] + share * (sd[following] - sd[c])
+        for i in range(height):
+            at = max((i + 0.5) * rows / height - 0.5, 0.0)
+            r = int(at)
+            share = number(at - r)
+            upper, lower = wide[r], wide[min(r + 1, rows - 1)]
+            for j in range(width):
+                mean = upper[0, j] + share * (lower[0, j] - upper[0, j])
+                sd = upper[1, j] + share * (lower[1, j] - upper[1, j])
+                near_mean = upper[2, j] + share * (lower[2, j] - upper[2, j])
+                near_sd = upper[3, j] + share * (lower[3, j] - upper[3, j])
+                out[n, i, j, 0] = (view[i, j] - mean) / sd
+                out[n, i, j, 1] = (view[i, j] - near_mean) / near_sd

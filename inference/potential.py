@@ -317,8 +317,17 @@ class GazePotential:
 
     def energy(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
         """The definition, in PyTorch alone: differentiable, on any device."""
+        return self._energy(z, self.score.energy)
+
+    @torch.no_grad()
+    def energy_of_many(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
+        """Energies without gradients, where there is an `OddsScore`: compiled on the CPU."""
+        assert isinstance(self.score, OddsScore)
+        return self._energy(z, self.score.energy_of_many)
+
+    def _energy(self, z: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         gaze = self.chart.to_gaze(z)
-        total = self.score.energy(self.pyramid.extract(gaze)) - self.chart.log_det(z)
+        total = score(self.pyramid.extract(gaze)) - self.chart.log_det(z)
         if self.belief is not None:
             total = total + 0.5 * (self.belief * z * z).sum(-1)
         return total if self.prior is None else total - self._log_prior(gaze)

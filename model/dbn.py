@@ -728,17 +728,18 @@ def _solve(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(common + torch.diag(middle)))
     x, residual = torch.zeros_like(right), right
     improved = residual @ inverse
-    direction, square = improved, (residual * improved).sum(-1, keepdim=True)
+    direction, square = improved, torch.linalg.vecdot(residual, improved)[..., None]
+    tiny = torch.finfo(right.dtype).tiny
     for _ in range(MOST_ITERATIONS):
         if float(square.max()) < SOLVED**2:
             break
-        image = direction @ common + diagonal * direction
+        image = torch.addcmul(direction @ common, diagonal, direction)
         # A sample that is solved to the last bit has no direction left.
-        step = square / (direction * image).sum(-1, keepdim=True).clamp(min=torch.finfo(right.dtype).tiny)
-        x, residual = x + step * direction, residual - step * image
+        step = square / torch.linalg.vecdot(direction, image)[..., None].clamp(min=tiny)
+        x, residual = torch.addcmul(x, step, direction), torch.addcmul(residual, step, image, value=-1)
         improved = residual @ inverse
-        before, square = square, (residual * improved).sum(-1, keepdim=True)
-        direction = improved + square / before.clamp(min=torch.finfo(right.dtype).tiny) * direction
+        before, square = square, torch.linalg.vecdot(residual, improved)[..., None]
+        direction = torch.addcmul(improved, square / before.clamp(min=tiny), direction)
     else:
         # By Cholesky: MKL's batched LU fails on several threads.
         factor = torch.linalg.cholesky(common + torch.diag_embed(diagonal))

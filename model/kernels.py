@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numba
+import numpy as np
 
-__all__ = ["compiled", "extract_patches"]
+__all__ = ["bilinear", "blur", "compiled", "extract_patches", "two_levels"]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -33,7 +34,82 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorated
 
 
-@compiled(fastmath={"contract", "arcp", "nsz"})
+@numba.njit(nogil=True, inline="always")
+@no_type_check
+def two_levels(texels, offset, rows, columns, stride, size, scene, square, tx, ty, reach, number):
+    """What `bilinear` needs of the two levels that a lattice reads.
+
+    The lattice is about ``(tx, ty)`` and reaches `reach` from there in x and in y; `square` is that of its step, all in
+    scene pixels. Positions are of type `number` and counted from a corner left of and above the lattice, so that single
+    precision loses nothing on a large picture.
+
+    Returns its middle and the picture's last pixel, both from the corner, the coarser level's share, and the texels and
+    settings of either level.
+
+    Convention: as `foveate.model.patch`, and so are the pyramid's arrays.
+    """
+    index = np.uint32
+    level = min(math.log2(max(square, 1.0)), offset.shape[1] - 1 - 1e-9)
+    k = int(level)
+    stride_0, stride_1 = stride[scene, k], stride[scene, k + 1]
+    width, height = float(size[scene, 1] - 1), float(size[scene, 0] - 1)
+    corner_x = stride_1 * int(min(max(tx - reach, 0.0), max(width - stride_1, 0.0)) / stride_1)
+    corner_y = stride_1 * int(min(max(ty - reach, 0.0), max(height - stride_1, 0.0)) / stride_1)
+    columns_0, columns_1 = columns[scene, k], columns[scene, k + 1]
+    rows_0, rows_1 = rows[scene, k], rows[scene, k + 1]
+    first_0 = (corner_y // stride_0) * columns_0 + corner_x // stride_0
+    first_1 = (corner_y // stride_1) * columns_1 + corner_x // stride_1
+    middle = (number(tx - corner_x), number(ty - corner_y))
+    last = (number(width - corner_x), number(height - corner_y))
+    finer = (
+        number(1.0 / stride_0),
+        index(max(columns_0 - 2, 0) - corner_x // stride_0),
+        index(max(rows_0 - 2, 0) - corner_y // stride_0),
+        index(columns_0),
+        index(1 if columns_0 > 1 else 0),
+        index(columns_0 if rows_0 > 1 else 0),
+    )
+    coarser = (
+        number(1.0 / stride_1),
+        index(max(columns_1 - 2, 0) - corner_x // stride_1),
+        index(max(rows_1 - 2, 0) - corner_y // stride_1),
+        index(columns_1),
+        index(1 if columns_1 > 1 else 0),
+        index(columns_1 if rows_1 > 1 else 0),
+    )
+    return (
+        middle,
+        last,
+        number(level - k),
+        texels[offset[scene, k] + first_0 :],
+        finer,
+        texels[offset[scene, k + 1] + first_1 :],
+        coarser,
+    )
+
+
+@numba.njit(nogil=True, inline="always")
+@no_type_check
+def bilinear(texels, x, y, per, last_column, last_row, wide, right, down):
+    """Intensity and slopes of one level at a point inside the picture."""
+    number = type(per)
+    u, v = x * per, y * per
+    column, row = np.uint32(u), np.uint32(v)
+    column = column if column < last_column else last_column
+    row = row if row < last_row else last_row
+    u, v = u - number(column), v - number(row)
+    here = row * wide + column
+    left = number(texels[here])
+    top = number(texels[here + right]) - left
+    below = here + down
+    left_below = number(texels[below])
+    bottom = number(texels[below + right]) - left_below
+    upper = left + u * top
+    fall = left_below + u * bottom - upper
+    return upper + v * fall, (top + v * (bottom - top)) * per, fall * per
+
+
+@compiled(fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"})
 @no_type_check
 def extract_patches(
     begin, end, texels, offset, rows, columns, stride, size, gaze, scene, points_y, points_x, step, out
@@ -42,40 +118,67 @@ def extract_patches(
 
     Convention: as `foveate.model.patch`; `step` is the lattice step in canonical pixels.
     """
-    top_level = offset.shape[1] - 1
+    number = out.dtype.type
+    zero, half_x, half_y = number(0), (points_x - 1) / 2, (points_y - 1) / 2
+    places = np.empty(points_x, out.dtype)
+    for c in range(points_x):
+        places[c] = c - half_x
     for n in range(begin, end):
-        i = scene[n]
-        a, b, tx, ty = gaze[n, 0], gaze[n, 1], gaze[n, 2], gaze[n, 3]
-        square = (a * a + b * b) * step * step
+        a, b, tx, ty = gaze[n, 0] * step, gaze[n, 1] * step, gaze[n, 2], gaze[n, 3]
+        square = a * a + b * b
+        reach = (abs(a) + abs(b)) * max(half_x, half_y)
         if not (square < math.inf and abs(tx) < math.inf and abs(ty) < math.inf):
             out[n] = math.nan
             continue
-        level = min(math.log2(max(square, 1.0)), top_level - 1e-9)
-        lower = int(level)
-        fraction = level - lower
-        limit_x, limit_y = float(size[i, 1] - 1), float(size[i, 0] - 1)
-        half_x, half_y = (points_x - 1) / 2, (points_y - 1) / 2
-        for which in range(2):
-            weight = 1.0 - fraction if which == 0 else fraction
-            k = lower + which
-            first, width, height = offset[i, k], columns[i, k], rows[i, k]
-            inverse = 1.0 / stride[i, k]
-            right = 1 if width > 1 else 0
-            down = width if height > 1 else 0
-            last_x, last_y = max(width - 2, 0), max(height - 2, 0)
-            for r in range(points_y):
-                py = (r - half_y) * step
-                for c in range(points_x):
-                    px = (c - half_x) * step
-                    x = min(max(a * px - b * py + tx, 0.0), limit_x) * inverse
-                    y = min(max(b * px + a * py + ty, 0.0), limit_y) * inverse
-                    column, row = min(int(x), last_x), min(int(y), last_y)
-                    fx, fy = x - column, y - row
-                    here = first + row * width + column
-                    top = texels[here] + fx * (texels[here + right] - texels[here])
-                    bottom = texels[here + down] + fx * (texels[here + down + right] - texels[here + down])
-                    value = weight * (top + fy * (bottom - top))
-                    if which == 0:
-                        out[n, r * points_x + c] = value
-                    else:
-                        out[n, r * points_x + c] += value
+        middle, last, fraction, texels_0, finer, texels_1, coarser = two_levels(
+            texels, offset, rows, columns, stride, size, scene[n], square, tx, ty, reach, number
+        )
+        (middle_x, middle_y), (last_x, last_y) = middle, last
+        along, across = number(a), number(b)
+        for r in range(points_y):
+            py = number(r - half_y)
+            x_0, y_0 = middle_x - across * py, middle_y + along * py
+            row = out[n, r * points_x : (r + 1) * points_x]
+            for c in range(points_x):
+                x, y = x_0 + along * places[c], y_0 + across * places[c]
+                x = x if x > zero else zero
+                x = x if x < last_x else last_x
+                y = y if y > zero else zero
+                y = y if y < last_y else last_y
+                value, _, _ = bilinear(texels_0, x, y, finer[0], finer[1], finer[2], finer[3], finer[4], finer[5])
+                value_1, _, _ = bilinear(
+                    texels_1, x, y, coarser[0], coarser[1], coarser[2], coarser[3], coarser[4], coarser[5]
+                )
+                row[c] = value + fraction * (value_1 - value)
+
+
+@compiled(fastmath={"contract", "nsz", "reassoc"})
+@no_type_check
+def blur(begin, end, picture, taps, step, first_row, first_column, out):
+    """Rows ``begin … end`` of every `step`-th sample of a picture after a blur both ways, edges replicated.
+
+    `first_row` and `first_column` say which sample of the picture the first tap of the first one reads.
+    """
+    height, width = picture.shape
+    columns = out.shape[1]
+    down = np.empty(width, picture.dtype)
+    padded = np.empty((columns - 1) * step + len(taps), picture.dtype)
+    for r in range(begin, end):
+        down[:] = 0
+        for k in range(len(taps)):
+            weight, line = taps[k], picture[min(max(first_row + r * step + k, 0), height - 1)]
+            for c in range(width):
+                down[c] += weight * line[c]
+        for c in range(len(padded)):
+            padded[c] = down[min(max(first_column + c, 0), width - 1)]
+        across = out[r]
+        across[:] = 0
+        for k in range(len(taps)):
+            weight, line = taps[k], padded[k:]
+            # Samples side by side are summed several at once.
+            if step == 1:
+                for c in range(columns):
+                    across[c] += weight * line[c]
+            else:
+                for c in range(columns):
+                    across[c] += weight * line[c * step]

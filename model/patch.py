@@ -44,6 +44,8 @@ _MARGIN = 5
 
 # Points read in some 0.2 ms: a thread is not worth its start for fewer.
 _POINTS_PER_THREAD = 16384
+# Products summed in some 0.2 ms, likewise.
+_TAPS_PER_THREAD = 1 << 21
 
 
 class Pyramid:
@@ -441,11 +443,33 @@ def _smoothed(
         around: how many further ones on each side.
     """
     taps, radius = _kernel(sd)
+    compiles = copy.device.type == "cpu" and copy.dtype in (torch.float32, torch.float64)
+    if compiles and not (copy.requires_grad and torch.is_grad_enabled()):
+        return _smoothed_fused(copy, taps, step, samples, before - around * step - radius, around)
+    return _smoothed_plain(copy, taps, step, samples, before - around * step - radius, around)
+
+
+def _smoothed_fused(
+    copy: Tensor, taps: Tensor, step: int, samples: tuple[int, int], first: int, around: int
+) -> Float[Tensor, "rows columns"]:
+    """One compiled pass; a test holds it against `_smoothed_plain`."""
+    from foveate.model.kernels import blur
+
+    out = torch.empty([count + 2 * around for count in samples], dtype=copy.dtype)
+    arrays = copy.detach().contiguous().numpy(), taps.to(copy.dtype).numpy()
+    least = max(1, _TAPS_PER_THREAD // (copy.shape[1] * len(taps)))
+    share(blur, len(out), *arrays, step, first, first, out.numpy(), least=least)
+    return out
+
+
+def _smoothed_plain(
+    copy: Tensor, taps: Tensor, step: int, samples: tuple[int, int], first: int, around: int
+) -> Float[Tensor, "rows columns"]:
+    """Differentiable, for any device: the first tap of the first sample is the copy's `first` in rows and columns."""
     weights = taps.tolist()
     for axis, count in enumerate(samples):
         count += 2 * around
-        first = before - around * step - radius
-        index = torch.arange(first, first + (count - 1) * step + 2 * radius + 1, device=copy.device)
+        index = torch.arange(first, first + (count - 1) * step + len(weights), device=copy.device)
         padded = copy.index_select(axis, index.clamp(0, copy.shape[axis] - 1))
         reach = (count - 1) * step + 1
         # Shifted sums: a convolution of one channel is several times slower, and copies more.

@@ -340,7 +340,7 @@ def test_what_was_asked_for_is_told_with_the_posterior(world: World) -> None:
     told = posterior.settings
     assert (told["noise"], told["temperature"], told["canonical"], told["modes"]) == (NOISE, TEMPERATURE, "free", 4)
     assert told["gaze_prior"] == {"kind": "proper"}
-    assert told["trajectories"]["trajectory_length"] == 1.6 and told["trajectories"]["target_accept_prob"] == 0.8
+    assert told["trajectories"]["trajectory_length"] == 1.6 and told["trajectories"]["target_accept_prob"] == 0.65
     # Numbers of NumPy's kinds, as loops over arrays give them, go to disk as well.
     how = SHORT | {"draws": np.int64(4), "seed": np.int64(3)}
     (again,) = inspect.unwrap(attend_batches)(world.model, world.guide, world.scenes[:1], start=start, **how)

@@ -11,6 +11,7 @@ from foveate.inference.glance import (
     SCALES,
     VIEW_STEP,
     Glance,
+    _local_contrast_fused,
     cell_centres,
     feature_layers,
     glance_loss,
@@ -96,6 +97,32 @@ def test_local_contrast_is_nearly_blind_to_gain_where_there_is_contrast() -> Non
     dim, bright = local_contrast(0.5 * views), local_contrast(views)
     # The floor of 0.05 beside sds of 0.25 and 0.5 leaves 1.5 %; a block in a corner may have half of the contrast.
     assert float((dim - bright).abs().max()) < 0.06 * float(bright.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(9, 48, 48), (2, 61, 47), (1, 4, 8), (1, 2, 3)])
+def test_the_compiled_local_contrast_equals_the_plain_one(shape: tuple[int, int, int]) -> None:
+    views = torch.rand(shape, dtype=torch.float64)
+    torch.testing.assert_close(_local_contrast_fused(views), local_contrast(views), rtol=0, atol=1e-13)
+    single = _local_contrast_fused(views.float())
+    assert single.dtype == torch.float32
+    # float32: a variance of squares near 1, divided by at least 0.05.
+    torch.testing.assert_close(single.double(), local_contrast(views), rtol=0, atol=1e-4)
+
+
+def test_features_without_gradients_are_those_with_them() -> None:
+    glance = Glance(4)
+    # Statistics and slopes that are not those of a fresh net.
+    for layer in glance.features:
+        if isinstance(layer, nn.BatchNorm2d):
+            for values in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                assert values is not None
+                values.data += 0.5 * torch.rand(values.shape)
+    glance.eval()
+    views = torch.rand(5, 52, 64)
+    with_gradients = glance.see(views)
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(glance.see(views), with_gradients, rtol=1e-4, atol=1e-5)  # float32
 
 
 # ---- the loss

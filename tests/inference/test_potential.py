@@ -126,6 +126,8 @@ def test_energy_and_gradient_equal_the_definition_and_autograd(name, prior):
     # Rounding of 576 terms in double precision, relative to the largest number involved.
     assert torch.allclose(energy[inside], expected[inside], rtol=1e-10, atol=1e-10)
     assert torch.allclose(gradient[inside], slope[inside], rtol=1e-10, atol=1e-10 * float(slope[inside].abs().max()))
+    if isinstance(function.score, OddsScore):
+        torch.testing.assert_close(function.energy_of_many(z), expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 def test_a_prior_with_settings_for_every_scene_scores_each_scene_by_its_own() -> None:

@@ -151,6 +151,20 @@ def test_the_compiled_path_equals_the_differentiable_one(oversampling: float | N
         torch.testing.assert_close(fast, plain, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("oversampling", [None, 2.0])
+def test_the_compiled_blur_equals_the_differentiable_one(oversampling: float | None) -> None:
+    # float32: sums of up to 385 taps, in another order.
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        # The last one is higher than two threads' shares and wider than the widest kernel.
+        noise = [*pictures(dtype), photograph(700, 450).to(dtype)]
+        for fast, plain in zip(
+            Pyramid.build(noise, oversampling).texels.split(50_000),
+            Pyramid.build([n.requires_grad_() for n in noise], oversampling).texels.detach().split(50_000),
+            strict=True,
+        ):
+            torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+
+
 def test_with_two_samples_a_blur_width_the_error_is_a_thousandth() -> None:
     picture = photograph(200, 300)
     at = gazes_of_every_kind((200, 300))
