@@ -291,13 +291,31 @@ class _Watch:
         net.load_state_dict(self.state)
 
 
+def people_folds(
+    count: int, people: Int[Tensor, "picture"] | None, device: torch.device | str = "cpu"
+) -> Int[Tensor, "picture"]:
+    """The number of each picture's fold, of `FOLDS` at most: pictures of a person, or neighbours, stay together."""
+    return _folds(_groups(count, people, torch.device(device)))
+
+
+def fit_core(crops: Float[Tensor, "picture version 24 24"], people: Int[Tensor, "picture"] | None) -> EllipticalDensity:
+    """The closed form that `train_dbn` begins with, alone: in a second, where the net takes a minute."""
+    y = augmented_coordinates(crops)
+    found = fit_covariance(y, people_folds(len(y), people, y.device))
+    return _core(found, found.mean.to(y.dtype))
+
+
+def _core(found: Covariance, mean: Tensor) -> EllipticalDensity:
+    return EllipticalDensity(mean, found.inflation * found.covariance, found.nu)
+
+
 def _train_gated(
     y: Tensor, fold: Tensor, units: tuple[int, int, int], steps: int, watch: _Watch, generator: torch.Generator
 ) -> DeepBeliefNet:
     shape_units, contrast_units, top_units = units
     found = fit_covariance(y, fold)
     mean, root, directions = (part.to(y.dtype) for part in (found.mean, *_local_root(found.covariance)))
-    core = EllipticalDensity(mean, found.inflation * found.covariance, found.nu)
+    core = _core(found, mean)
     layer = GatedLayer(shape_units, contrast_units, DIRECTIONS, contrast_groups(SIDE, BLOCK))
     net = DeepBeliefNet(layer, BernoulliRBM(layer.hidden, top_units), core).to(device=y.device, dtype=y.dtype)
     layer.set_analysis(mean, root, directions)

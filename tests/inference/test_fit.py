@@ -45,10 +45,14 @@ def soft_scenes(count: int, people: list[str | None] | None = None) -> Scenes:
 
 def quick_net(crops: Tensor, **options: Any) -> DeepBeliefNet:
     """In place of `train_dbn`: an elliptical core fitted to the crops, under units that have learned nothing."""
-    core = EllipticalDensity.fit(density_coordinates(crops).flatten(0, 1), 0.05, 8.0)
-    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), core)
+    dbn = DeepBeliefNet(DiagonalLayer(4), BernoulliRBM(4, 3), quick_core(crops, None))
     dbn.set_log_z(7 * math.log(2), 0.0)
     return dbn
+
+
+def quick_core(crops: Tensor, people: Tensor | None) -> EllipticalDensity:
+    """In place of `fit_core`, which takes a few seconds to choose how it regularises."""
+    return EllipticalDensity.fit(density_coordinates(crops).flatten(0, 1), 0.05, 8.0)
 
 
 def quick_model() -> AttentionModel:
@@ -352,6 +356,64 @@ def test_edges_share_the_temperature_which_is_low_where_they_know_where_the_obje
     assert temperatures[0] < temperatures[1]
 
 
+def test_scenes_that_were_learned_from_are_scored_by_models_that_were_not() -> None:
+    """A model that knows these scenes would choose a low temperature; the guide, which knows them too, has no say."""
+    generator = torch.Generator().manual_seed(6)
+    texture = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 12, generator=generator), (80, 80), mode="bicubic")
+    pyramid = Pyramid.build([texture[0, 0].clamp(0, 1)] * 10)
+    truth = torch.tensor([1.0, 0.0, 40.0, 40.0]).double().expand(10, 4)
+    near = [(gazes.LocalChart(truth).to_gaze(0.1 * torch.randn(10, 4, generator=generator).double()), 0.2 + 0 * truth)]
+    seen = density_coordinates(pyramid.extract(truth[:, None])[:1, 0])
+    elsewhere = gazes.LocalChart(truth[:, None]).to_gaze(8 * torch.randn(10, 30, 4, generator=generator).double())
+    other = density_coordinates(pyramid.extract(elsewhere))
+    knowing, unknowing, guide = quick_model(), quick_model(), GazeGuide(4)
+    knowing.edges = EdgeOdds.fit(seen.expand(12, -1), other.flatten(0, 1))
+    unknowing.edges = knowing.edges.scaled(-1.0)
+    chosen = []
+    for by in (None, [knowing], [unknowing]):
+        figures = fitting._choose_variant(knowing, guide, [pyramid], near, [truth], by)
+        chosen.append(knowing.temperature)
+        assert figures["guide_prior"] is (by is None) and float(guide.prior_weight) == (by is None)
+    assert chosen[1] < chosen[2]
+
+
+def test_models_without_a_fold_know_nothing_of_its_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MINED", 1)
+    monkeypatch.setattr(fitting, "fit_core", quick_core)
+    quick = fitting.fit_clutter
+    monkeypatch.setattr(fitting, "fit_clutter", lambda *given: quick(*given[:-1], 700))
+    scenes = orl_scenes("train", 20, sizes=((96, 120),))
+    assert scenes.gazes is not None
+    person = torch.arange(20) // 2
+    model = quick_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    crops = crops_of(scenes, scenes.gazes, torch.Generator().manual_seed(0))
+
+    def fitted(crops: Tensor, pyramid: Pyramid) -> list[tuple[AttentionModel, Tensor]]:
+        data = GuideData(pyramid, scenes.gazes, crops[:, 0], person=person)
+        return list(fitting.without_each_fold(model, data, crops, 3))
+
+    pyramid = fitting.coarse_pyramid(scenes, range(20))
+    parts = fitted(crops, pyramid)
+    assert sorted(torch.cat([rows for _, rows in parts]).tolist()) == list(range(20)) and len(parts) == 5
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+    # What the first fold's scenes show changes entirely: its own model does not, every other does.
+    rows = parts[0][1]
+    assert all(sorted(person[person == p].tolist()) == person[rows][person[rows] == p].tolist() for p in person[rows])
+    black = [torch.zeros_like(p) if i in rows.tolist() else p for i, p in enumerate(scenes.pictures())]
+    changed = crops.clone()
+    changed[rows] = crops[rows].flip(-2)
+    again = fitted(changed, fitting.coarse_pyramid(Scenes.from_pictures(black, gazes=scenes.gazes), range(20)))
+    for number, ((one, of_one), (two, of_two)) in enumerate(zip(parts, again, strict=True)):
+        assert torch.equal(of_one, of_two)
+        for same in (
+            torch.equal(one.dbn.core.variances, two.dbn.core.variances),
+            torch.equal(one.clutter.density.mean, two.clutter.density.mean),
+            torch.equal(one.edges.direction, two.edges.direction),
+        ):
+            assert same is (number == 0)
+
+
 def test_the_variant_stays_as_it_is_when_no_mode_is_near_the_truth() -> None:
     pyramid = Pyramid.build([torch.rand(80, 80)] * 2)
     gaze = torch.tensor([1.0, 0.0, 20.0, 20.0]).double().expand(2, 4)
@@ -375,6 +437,8 @@ def assert_same_run_from_disk(run: Run, scenes: Scenes, path: Path) -> None:
 
 def test_fitting_returns_a_run_that_attends_the_same_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "train_dbn", quick_net)
+    monkeypatch.setattr(fitting, "fit_core", quick_core)
+    monkeypatch.setattr(fitting, "WINDOWS", 600)
     scenes = soft_scenes(14, [f"person {i // 2}" for i in range(14)])
     seen: list[str] = []
     before = torch.get_rng_state()
@@ -486,7 +550,7 @@ def test_nothing_is_trained_on_scenes_held_out(monkeypatch: pytest.MonkeyPatch) 
         return quick_net(crops)
 
     def calibrated(name: str, result: Any) -> Any:
-        return lambda model, guide, scenes, rows, truth: given.update({name: rows}) or result
+        return lambda model, guide, scenes, rows, truth, *refitted: given.update({name: rows}) or result
 
     monkeypatch.setattr(fitting, "train_dbn", net)
     for half in ("train_glance", "train_looks"):
@@ -494,6 +558,7 @@ def test_nothing_is_trained_on_scenes_held_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fitting, "calibrate", calibrated("calibrated", {"validation_accuracy": 0.0}))
     monkeypatch.setattr(fitting, "calibrated_factor", calibrated("covered", 1.0))
     monkeypatch.setattr(fitting, "fit_clutter", lambda *given: None)
+    monkeypatch.setattr(fitting, "without_each_fold", lambda *given: iter(()))
     scenes = soft_scenes(20)
     assert scenes.gazes is not None
     fit(scenes, **STEPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate.inference import prior_training
-from foveate.inference.prior_training import Monitor, augmented_coordinates, fit_covariance, train_dbn
+from foveate.inference.prior_training import Monitor, augmented_coordinates, fit_core, fit_covariance, train_dbn
 from foveate.model.dbn import DeepBeliefNet, DiagonalLayer, GatedLayer, contrast_groups
 from foveate.model.density import EllipticalDensity, choose_elliptical
 from foveate.model.errors import InputError
@@ -175,6 +175,15 @@ def test_folds_and_validation_do_not_share_people() -> None:
         assert len(held[people == person].unique()) == 1
     assert 2 <= int(held.sum()) <= 6
     assert len(fold.unique()) == 5
+
+
+def test_the_core_alone_is_that_of_the_net() -> None:
+    crops, people = synthetic_crops(20, 2, 5), torch.arange(20) // 4
+    net = train_dbn(crops, people=people, validation=synthetic_crops(6, 1, 8)[:, 0], steps=1, seed=0)
+    alone = fit_core(crops, people)
+    for name in ("mean", "axes", "variances"):
+        torch.testing.assert_close(getattr(alone, name), getattr(net.core, name), rtol=0, atol=0)
+    assert float(alone.nu) == float(net.core.nu)
 
 
 def test_pictures_of_one_person_alone_can_be_learned_from_in_a_single_step() -> None:
