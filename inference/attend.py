@@ -862,9 +862,12 @@ def _read(pictures: Any, rows: range, device: torch.device) -> tuple[Pyramid, li
 
     One picture after the other: what the pyramid keeps of a large one is a small part of it.
     """
-    parts, hashes = [], []
-    for i in rows:
-        picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else as_picture(pictures[i], i)
-        hashes.append(picture_hash(picture))
-        parts.append(Pyramid.build([picture.to(device)], smallest=SMALLEST))
-    return Pyramid.concatenate(parts), hashes
+    hashes: list[str] = []
+
+    def read() -> Iterator[Tensor]:
+        for i in rows:
+            picture = pictures.pictures([i])[0] if hasattr(pictures, "pictures") else as_picture(pictures[i], i)
+            hashes.append(picture_hash(picture))
+            yield picture.to(device)
+
+    return Pyramid.build(read(), smallest=SMALLEST), hashes

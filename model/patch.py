@@ -71,7 +71,7 @@ class Pyramid:
     @classmethod
     def build(
         cls,
-        pictures: Sequence[Tensor],
+        pictures: Iterable[Tensor],
         oversampling: float | None = 2.0,
         smallest: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -80,7 +80,8 @@ class Pyramid:
         """Blur every picture to every level.
 
         Args:
-            pictures: tensors ``(height, width)`` in [0, 1], of any sizes, on one device.
+            pictures: tensors ``(height, width)`` in [0, 1], of any sizes, on one device. Those of a generator are never
+                in memory together, but for what is kept of them.
             oversampling: samples kept per blur sd, or None for one sample a pixel at every level.
             smallest: patch width as a share of a picture's shorter side below which nothing will be read sharply:
                 levels finer than such a patch needs are not built and read as the finest that is. It bounds the
@@ -92,10 +93,9 @@ class Pyramid:
         Raises:
             InputError: no picture, or one that is no floating tensor ``(height, width)``, both at least 2.
         """
-        if len(pictures) == 0:
-            raise InputError("a pyramid needs at least one picture, got an empty list")
         blocks: list[Tensor] = []
-        table = np.zeros((4, len(pictures), LEVELS + 1), dtype=np.int64)
+        tables: list[np.ndarray] = []
+        sizes: list[list[int]] = []
         begin = 0
         for i, picture in enumerate(pictures):
             if not isinstance(picture, Tensor) or not picture.is_floating_point():
@@ -110,17 +110,22 @@ class Pyramid:
             picture = picture.to(dtype or picture.dtype)
             finest = math.floor(_level(smallest * min(picture.shape) / gazes.CANONICAL_SIZE))
             finest, coarsest = levels or (finest, LEVELS)
+            table = np.zeros((4, LEVELS + 1), dtype=np.int64)
             for k, block in zip(
                 range(finest, coarsest + 1), _levels(picture, finest, coarsest, oversampling), strict=True
             ):
-                table[:, i, k] = begin, block.shape[0], block.shape[1], _stride(k, oversampling)
+                table[:, k] = begin, block.shape[0], block.shape[1], _stride(k, oversampling)
                 blocks.append(block.reshape(-1))
                 begin += block.numel()
-            table[:, i, :finest] = table[:, i, finest : finest + 1]
-            table[:, i, coarsest + 1 :] = table[:, i, coarsest : coarsest + 1]
-        device = pictures[0].device
-        offset, rows, columns, stride = torch.from_numpy(table).to(device)
-        size = torch.tensor([list(p.shape) for p in pictures], dtype=torch.int64, device=device)
+            table[:, :finest] = table[:, finest : finest + 1]
+            table[:, coarsest + 1 :] = table[:, coarsest : coarsest + 1]
+            tables.append(table)
+            sizes.append(list(picture.shape))
+        if not blocks:
+            raise InputError("a pyramid needs at least one picture, got none")
+        device = blocks[0].device
+        offset, rows, columns, stride = torch.from_numpy(np.stack(tables, 1)).to(device)
+        size = torch.tensor(sizes, dtype=torch.int64, device=device)
         return cls(torch.cat(blocks), offset, rows, columns, stride, size)
 
     @classmethod

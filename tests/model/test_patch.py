@@ -3,6 +3,8 @@
 import importlib.util
 import inspect
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -163,6 +165,23 @@ def test_the_compiled_blur_equals_the_differentiable_one(oversampling: float | N
             strict=True,
         ):
             torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+
+
+def test_a_generator_of_pictures_is_read_one_by_one() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read() -> Iterator[Tensor]:
+        for seed in range(4):
+            # The one before may still be in use, no other.
+            assert sum(ref() is not None for ref in alive) <= 1
+            picture = photograph(120, 90, seed)
+            alive.append(weakref.ref(picture))
+            yield picture
+
+    lazily = Pyramid.build(read(), smallest=0.4)
+    at_once = Pyramid.build([photograph(120, 90, seed) for seed in range(4)], smallest=0.4)
+    for name in ("texels", "offset", "rows", "columns", "stride", "size"):
+        assert torch.equal(getattr(lazily, name), getattr(at_once, name))
 
 
 def test_with_two_samples_a_blur_width_the_error_is_a_thousandth() -> None:
