@@ -79,6 +79,16 @@ def test_held_out_people_are_whole(seed: int) -> None:
     assert 36 <= int(held.sum()) <= 54
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_one_person_is_held_out_rather_than_several(seed: int) -> None:
+    people = [
+        name for name, count in (("a", 40), ("b", 3), ("c", 5), ("d", 14), ("e", 4), ("f", 12)) for _ in range(count)
+    ]
+    held = fitting.held_out(78, people, torch.Generator().manual_seed(seed))
+    # Wanted are 9, and at most 13: of f's twelve enough alone; d would be too many, b, c and e are too few.
+    assert {people[i] for i in held.nonzero().flatten().tolist()} == {"f"} and int(held.sum()) == 12
+
+
 @pytest.mark.parametrize("people", [["only one"] * 24, ["one", "other"] * 12], ids=["one person", "two people"])
 def test_with_too_few_people_to_hold_one_out_single_scenes_are(people: list[str]) -> None:
     held = fitting.held_out(24, people, torch.Generator().manual_seed(0))
