@@ -10,6 +10,7 @@ the draws, so that a mode far out in the picture is measured as one in its middl
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,32 +100,31 @@ def coverage_factor(reached: Float[Tensor, " scene"], level: float = LEVEL) -> f
 
 
 def calibrated_factor(
-    model: AttentionModel,
+    parts: Sequence[tuple[AttentionModel, Int[Tensor, " _"]]],
     guide: GazeGuide,
     scenes: Any,
-    rows: Int[Tensor, " held"],
     truth: Float[Tensor, "scene 4"],
     seed: int = 0,
 ) -> float:
-    """`coverage_factor` of a model and its guide on scenes that nothing was trained on, with no initial gaze.
+    """`coverage_factor` on scenes that the models do not know, with no initial gaze.
 
     Only scenes whose object was found count. The region is one mode's, and whether it is the object's mode is what
     weights and presence say: a region that had to make up for a few missed objects would be as wide as chance has it.
 
     Args:
-        model: samples gazes.
-        guide: proposes them.
+        parts: models that sample gazes, and which of the scenes each one does not know.
+        guide: proposes gazes.
         scenes: with ``pictures(indices)``, such as `foveate.data.Scenes`.
-        rows: which of the scenes were held out.
         truth: true gazes of all scenes.
         seed: of the sampler.
     """
     reached, found = [], []
-    for part in rows.split(BATCH):
-        true = truth[part]
-        posterior = attend(model, guide, scenes.pictures(part.tolist()), chains=2, draws=100, warmup=50, seed=seed)
-        reached.append(reach(posterior.gaze, true))
-        found.append(gazes.overlap(posterior.mean_gaze, true.double()) > 0.5)
+    for model, rows in parts:
+        for part in rows.split(BATCH):
+            true = truth[part]
+            posterior = attend(model, guide, scenes.pictures(part.tolist()), chains=2, draws=100, warmup=50, seed=seed)
+            reached.append(reach(posterior.gaze, true))
+            found.append(gazes.overlap(posterior.mean_gaze, true.double()) > 0.5)
     return coverage_factor(torch.cat(reached)[torch.cat(found)])
 
 

@@ -212,7 +212,7 @@ def fit(
     few = int(held.sum()) < ENOUGH_HELD_OUT
     refitted = list(without_each_fold(model, every, crops, seed)) if few else None
     figures = calibrate(model, guide, scenes, held.nonzero().flatten(), truth, refitted)
-    factor = calibrated_factor(model, guide, scenes, held.nonzero().flatten(), truth)
+    factor = calibrated_factor(refitted or [(model, held.nonzero().flatten())], guide, scenes, truth)
     report("calibrating", 1, 1, figures["validation_accuracy"])
     config = {
         "scenes": len(scenes),
@@ -419,8 +419,8 @@ def calibrate(
         held: which were held out.
         truth: true gazes, scene pixels.
         refitted: copies of the model that know nothing of some scenes, and which these are: where few are held out,
-            noise and temperature are chosen on these, all taken together. The guide has learned from most of them, so
-            that its belief is no prior then.
+            noise and temperature are chosen on these, all taken together, and are then the copies', too. The guide has
+            learned from most of the scenes, so that its belief is no prior then.
     """
 
     def read(rows: Tensor) -> tuple[list[Pyramid], list[Tensor]]:
@@ -447,6 +447,8 @@ def calibrate(
                 kept += more
             by += [there] * len(of_fold)
         figures = _choose_variant(model, guide, *unseen, by)
+        for there, _ in refitted:
+            there.noise, there.temperature = model.noise, model.temperature
 
     found = [search(model, guide, p, modes=6) for p in pyramids]
     return (

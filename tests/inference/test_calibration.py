@@ -95,7 +95,8 @@ def test_objects_that_were_missed_do_not_widen_the_region(monkeypatch: pytest.Mo
     monkeypatch.setattr(calibration, "attend", lambda model, guide, rows, **_: Found(draws[rows]))
     blank = EllipticalDensity.blank(575)
     model = AttentionModel(DeepBeliefNet(DiagonalLayer(2), BernoulliRBM(2, 2), blank), None)
-    factor = calibration.calibrated_factor(model, GazeGuide(4), Pictures(), torch.arange(400), truth)
+    parts = [(model, torch.arange(150)), (model, torch.arange(150, 400))]
+    factor = calibration.calibrated_factor(parts, GazeGuide(4), Pictures(), truth)
     assert factor == pytest.approx(2.0, rel=0.1)  # 4 standard errors of a quantile of 360 chi variables
 
 
@@ -121,7 +122,7 @@ def test_found_is_an_iou_above_a_half_in_the_rows_that_were_held_out(monkeypatch
     monkeypatch.setattr(calibration, "reach", lambda draws, truth: 0.1 * truth[:, 2])
     model = AttentionModel(DeepBeliefNet(DiagonalLayer(2), BernoulliRBM(2, 2), EllipticalDensity.blank(575)), None)
     # Reaches of 5, 3 and, not found, 8: of two the factor is the larger one.
-    found = calibration.calibrated_factor(model, GazeGuide(4), Pictures(), torch.tensor([3, 1, 2]), truth, seed=11)
+    found = calibration.calibrated_factor([(model, torch.tensor([3, 1, 2]))], GazeGuide(4), Pictures(), truth, seed=11)
     assert found == pytest.approx(5.0)
 
 

@@ -566,7 +566,7 @@ def test_nothing_is_trained_on_scenes_held_out(monkeypatch: pytest.MonkeyPatch) 
     for half in ("train_glance", "train_looks"):
         monkeypatch.setattr(fitting, half, lambda guide, data, **options: taught.append(data) or 0.0)
     monkeypatch.setattr(fitting, "calibrate", calibrated("calibrated", {"validation_accuracy": 0.0}))
-    monkeypatch.setattr(fitting, "calibrated_factor", calibrated("covered", 1.0))
+    monkeypatch.setattr(fitting, "calibrated_factor", lambda parts, *given_: given.update(covered=parts[0][1]) or 1.0)
     monkeypatch.setattr(fitting, "fit_clutter", lambda *given: None)
     monkeypatch.setattr(fitting, "without_each_fold", lambda *given: iter(()))
     scenes = soft_scenes(20)
