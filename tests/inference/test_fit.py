@@ -387,6 +387,25 @@ def test_scenes_that_were_learned_from_are_scored_by_models_that_were_not() -> N
     assert chosen[1] < chosen[2]
 
 
+def test_copies_that_scored_the_scenes_are_left_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor on the sds is then told by their posteriors."""
+    scenes, model = soft_scenes(7), quick_model()
+    copies = [(quick_model(), torch.tensor([0, 1, 2, 3])), (quick_model(), torch.tensor([4, 5, 6]))]
+    scored: list[AttentionModel] = []
+
+    def chosen(model: AttentionModel, guide: GazeGuide, pyramids: Any, near: Any, true: Any, by: Any) -> dict[str, Any]:
+        scored.extend(by)
+        assert torch.equal(torch.cat(true), scenes.gazes)
+        model.noise, model.temperature = 0.5, 7.0
+        return {}
+
+    monkeypatch.setattr(fitting, "_choose_variant", chosen)
+    assert scenes.gazes is not None
+    fitting.calibrate(model, GazeGuide(4), scenes, torch.tensor([0, 5]), scenes.gazes, copies)
+    assert scored == [there for there, _ in copies]
+    assert all((there.noise, there.temperature) == (0.5, 7.0) for there in (model, *scored))
+
+
 def test_models_without_a_fold_know_nothing_of_its_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "MINED", 1)
     monkeypatch.setattr(fitting, "fit_core", quick_core)
