@@ -76,11 +76,12 @@ Kernel = Literal["batched", "hmc", "nuts"]
 # How chains of each kernel move, in the chart's units; told with the posterior.
 _MOVES = {"step_size": 0.3, "target_accept_prob": 0.8}
 TRAJECTORIES: dict[Kernel, dict[str, Any]] = {
-    # Beside leaps longer steps, as many as are accepted where HMC is at its best, draw more in the same time.
-    "batched": _MOVES | {"target_accept_prob": 0.65, "trajectory_length": 1.6, "max_num_steps": 24, "jitter": 0.5},
+    "batched": _MOVES | {"trajectory_length": 1.6, "max_num_steps": 24, "jitter": 0.5},
     "hmc": _MOVES | {"trajectory_length": 1.6},
     "nuts": _MOVES | {"max_tree_depth": 6},
 }
+# Beside leaps longer steps, as many as are accepted where HMC is at its best, draw more in the same time.
+BESIDE_LEAPS: dict[str, Any] = TRAJECTORIES["batched"] | {"target_accept_prob": 0.65}
 
 
 class Candidates(NamedTuple):
@@ -389,7 +390,7 @@ def attend_batches(
         "draws": draws,
         "warmup": warmup,
         "kernel": kernel,
-        "trajectories": TRAJECTORIES[kernel],
+        "trajectories": BESIDE_LEAPS if kernel == "batched" else TRAJECTORIES[kernel],
         "proposal": "student_t" if kernel == "batched" else None,
         "guide_steps": guide_steps,
         "seed": seed,
@@ -519,7 +520,7 @@ def _sampled(
             seed=settings["seed"],
             streams=streams,
             proposal=proposal,
-            **TRAJECTORIES["batched"],
+            **BESIDE_LEAPS,
         )
         recorded = statistics._asdict()
     else:

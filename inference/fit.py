@@ -6,7 +6,7 @@ Convention (the whole module): gazes in scene pixels, `foveate.model.gaze`.
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ from foveate.inference.guide_training import GuideData, random_gazes, train_glan
 from foveate.inference.noise import made_on_cpu
 from foveate.inference.prior_training import (
     FEWEST_PICTURES,
+    FOLDS,
     Monitor,
     augmented_coordinates,
     fit_core,
@@ -209,8 +210,12 @@ def fit(
     for name in ("gaussian", "student_t"):
         model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
     every = GuideData(pyramid, truth, crops[:, 0], background, person)
-    few = int(held.sum()) < ENOUGH_HELD_OUT
-    refitted = list(without_each_fold(model, every, crops, seed)) if few else None
+    refitted = None
+    if int(held.sum()) < ENOUGH_HELD_OUT:
+        refitted = []
+        for part in without_each_fold(model, every, crops, seed):
+            refitted.append(part)
+            report("folds", len(refitted), FOLDS, 0.0)
     figures = calibrate(model, guide, scenes, held.nonzero().flatten(), truth, refitted)
     factor = calibrated_factor(refitted or [(model, held.nonzero().flatten())], guide, scenes, truth)
     report("calibrating", 1, 1, figures["validation_accuracy"])
@@ -224,6 +229,7 @@ def fit(
         "seed": seed,
         **figures,
         "coverage_factor": factor,
+        "calibrated_on": "held out" if refitted is None else "folds",
     }
     return Run(model=model, guide=guide, config=config)
 
@@ -378,7 +384,8 @@ def without_each_fold(
 ) -> Iterator[tuple[AttentionModel, Int[Tensor, " of_fold"]]]:
     """Copies of a model that know nothing of some people, and the scenes that show these; every scene comes once.
 
-    What is fitted anew to the other scenes is all that scores gazes: the prior's core, clutter and the odds of edges.
+    What is fitted anew to the other scenes is all that scores patches: the prior's core, clutter and the odds of edges.
+    Folds are of whole people, or of single scenes where one person has nearly all of them.
 
     Args:
         model: with its clutter model, and with the noise that it was fitted with.
@@ -387,6 +394,8 @@ def without_each_fold(
         seed: of the windows of clutter.
     """
     fold = people_folds(len(crops), data.person)
+    if len(fold) - int(torch.bincount(fold).max()) < FEWEST_PICTURES:
+        fold = people_folds(len(crops), None)
     for number in fold.unique().tolist():
         others = (fold != number).nonzero().flatten()
         person = None if data.person is None else data.person[others]
@@ -407,7 +416,7 @@ def calibrate(
     truth: Float[Tensor, "scene 4"],
     refitted: Sequence[tuple[AttentionModel, Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """Everything that is chosen on held-out scenes; changes `model` and `guide` and returns figures for the log.
+    """Everything that is chosen on scenes not learned from; changes `model` and `guide`, returns figures for the log.
 
     First the guide's sds. Then the model's variant: noise, temperature, and whether the guide's belief acts as a prior
     of the gaze. Last the weights of the evidence for a mode.
@@ -423,30 +432,31 @@ def calibrate(
             learned from most of the scenes, so that its belief is no prior then.
     """
 
-    def read(rows: Tensor) -> tuple[list[Pyramid], list[Tensor]]:
-        parts = rows.split(BATCH)
-        return (
-            [scene_pyramid(model, scenes.pictures(part.tolist())) for part in parts],
-            [truth[part].double().to(model.dbn.core.mean.device) for part in parts],
-        )
+    def read(rows: Tensor) -> Pyramid:
+        return scene_pyramid(model, scenes.pictures(rows.tolist()))
 
-    def nearest(there: AttentionModel, pyramids: list[Pyramid], true: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return [_nearest(search(there, guide, p, modes=6), t) for p, t in zip(pyramids, true, strict=True)]
+    def of(rows: Tensor) -> Tensor:
+        return truth[rows].double().to(model.dbn.core.mean.device)
 
-    pyramids, true = read(held)
-    _calibrate_sds(model, guide, pyramids, nearest(model, pyramids, true), true)
+    def near(there: AttentionModel, pyramid: Pyramid, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _nearest(search(there, guide, pyramid, modes=6), of(rows))
+
+    parts = held.split(BATCH)
+    pyramids, true = [read(rows) for rows in parts], [of(rows) for rows in parts]
+    found_near = [near(model, p, rows) for p, rows in zip(pyramids, parts, strict=True)]
+    _calibrate_sds(model, guide, pyramids, found_near, true)
+    # Once more: the width of a mode follows the guide's sds.
     if refitted is None:
-        # Once more: the width of a mode follows the guide's sds.
-        figures = _choose_variant(model, guide, pyramids, nearest(model, pyramids, true), true)
+        found_near = [near(model, p, rows) for p, rows in zip(pyramids, parts, strict=True)]
+        figures = _choose_variant(model, guide, pyramids, found_near, true)
     else:
-        unseen: tuple[list[Pyramid], list[tuple[Tensor, Tensor]], list[Tensor]] = [], [], []
-        by: list[AttentionModel] = []
-        for there, rows in refitted:
-            of_fold, of_truth = read(rows)
-            for kept, more in zip(unseen, (of_fold, nearest(there, of_fold, of_truth), of_truth), strict=True):
-                kept += more
-            by += [there] * len(of_fold)
-        figures = _choose_variant(model, guide, *unseen, by)
+        by = [(there, rows) for there, of_fold in refitted for rows in of_fold.split(BATCH)]
+        found_near = [near(there, read(rows), rows) for there, rows in by]
+        # All scenes may be many: they are read once more, and never in memory together.
+        again = (read(rows) for _, rows in by)
+        figures = _choose_variant(
+            model, guide, again, found_near, [of(rows) for _, rows in by], [there for there, _ in by]
+        )
         for there, _ in refitted:
             there.noise, there.temperature = model.noise, model.temperature
 
@@ -514,7 +524,7 @@ def _calibrate_sds(
 def _choose_variant(
     model: AttentionModel,
     guide: GazeGuide,
-    pyramids: list[Pyramid],
+    pyramids: Iterable[Pyramid],
     near: list[tuple[Tensor, Tensor]],
     true: list[Tensor],
     by: list[AttentionModel] | None = None,
@@ -644,7 +654,8 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
     """Which scenes are kept for calibration: about 12 %, at most 60, whole people where people are known.
 
     Whole people may make them half as many again; where every person has more scenes than that, single scenes are held
-    out. One person is taken before several whose scenes are as many: there is the more variety left to learn from.
+    out. Where few are wanted one person is taken before several whose scenes are as many: there is the more variety
+    left to learn from.
     """
     wanted = min(max(4, round(HELD_OUT * count)), MOST_HELD_OUT)
     person = person_numbers(people)
@@ -652,7 +663,9 @@ def held_out(count: int, people: Sequence[str | None] | None, generator: torch.G
     held = torch.zeros(count, dtype=torch.bool)
     size = torch.bincount(group)
     order = torch.randperm(len(size), generator=generator).tolist()
-    for g in sorted(order, key=lambda g: not wanted <= int(size[g]) <= 1.5 * wanted):
+    if wanted < ENOUGH_HELD_OUT:
+        order.sort(key=lambda g: not wanted <= int(size[g]) <= 1.5 * wanted)
+    for g in order:
         if int(held.sum()) + int(size[g]) <= 1.5 * wanted:
             held |= group == g
         if int(held.sum()) >= wanted:

@@ -74,8 +74,10 @@ class Glance(nn.Module):
         """The features of views: ``(n, 3 width, rows / 4, columns / 4)``."""
         if self.training or torch.is_grad_enabled():
             return self.features(local_contrast(views))
+        compiles = views.device.type == "cpu" and views.dtype in (torch.float32, torch.float64)
+        contrast = _local_contrast_fused(views) if compiles else local_contrast(views)
         # With a pixel's channels side by side CPUs convolve a fifth to a third faster; training gains nothing.
-        x = _local_contrast_fused(views) if views.device.type == "cpu" else local_contrast(views)
+        x = contrast.contiguous(memory_format=torch.channels_last)
         layers = list(self.features)
         for convolution, norm in zip(layers[::3], layers[1::3], strict=True):
             assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
@@ -246,7 +248,7 @@ def _local_contrast_fused(views: Float[Tensor, "n rows columns"]) -> Float[Tenso
     """The same on a CPU in one compiled pass, with a pixel's channels side by side; a test holds it against that."""
     from foveate.inference import kernels
 
-    out = torch.empty(*views.shape, 2, dtype=views.dtype)
+    out = torch.empty(*views.shape, 2, dtype=views.dtype, device="cpu")
     arrays = views.detach().contiguous().numpy(), CELL, REACHES, LEAST_VARIANCE, out.numpy()
     share(kernels.local_contrast, len(views), *arrays, least=8)
     return out.permute(0, 3, 1, 2)

@@ -321,8 +321,13 @@ class GazePotential:
 
     @torch.no_grad()
     def energy_of_many(self, z: Float[Tensor, "scene *chain 4"]) -> Float[Tensor, "scene *chain"]:
-        """Energies without gradients, where there is an `OddsScore`: compiled on the CPU."""
-        assert isinstance(self.score, OddsScore)
+        """Energies without gradients: compiled on the CPU.
+
+        Raises:
+            InputError: a score that is no `OddsScore`.
+        """
+        if not isinstance(self.score, OddsScore):
+            raise InputError(f"a {type(self.score).__name__}: energies of many gazes need an OddsScore")
         return self._energy(z, self.score.energy_of_many)
 
     def _energy(self, z: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:

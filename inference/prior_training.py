@@ -34,7 +34,15 @@ from foveate.model.rbm import (
     set_gradients,
 )
 
-__all__ = ["Covariance", "Monitor", "augmented_coordinates", "fit_covariance", "train_dbn"]
+__all__ = [
+    "Covariance",
+    "Monitor",
+    "augmented_coordinates",
+    "fit_core",
+    "fit_covariance",
+    "people_folds",
+    "train_dbn",
+]
 
 SIDE = 24
 PIXELS = SIDE * SIDE
@@ -299,7 +307,7 @@ def people_folds(
 
 
 def fit_core(crops: Float[Tensor, "picture version 24 24"], people: Int[Tensor, "picture"] | None) -> EllipticalDensity:
-    """The closed form that `train_dbn` begins with, alone: in a second, where the net takes a minute."""
+    """The closed form that `train_dbn` begins with, alone: in a few seconds, where the net takes a minute."""
     y = augmented_coordinates(crops)
     found = fit_covariance(y, people_folds(len(y), people, y.device))
     return _core(found, found.mean.to(y.dtype))

@@ -34,6 +34,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorated
 
 
+# What follows is also part of loops in `foveate.inference.kernels`, which numba keeps on disk by the date of that file
+# alone: whoever changes `two_levels` or `bilinear` has to touch it, or the old ones go on there.
 @numba.njit(nogil=True, inline="always")
 @no_type_check
 def two_levels(texels, offset, rows, columns, stride, size, scene, square, tx, ty, reach, number):
@@ -109,6 +111,13 @@ def bilinear(texels, x, y, per, last_column, last_row, wide, right, down):
     return upper + v * fall, (top + v * (bottom - top)) * per, fall * per
 
 
+@compiled()
+@no_type_check
+def _finite(square, tx, ty):
+    """Apart, for where comparisons are fast they may take what is not a number for one."""
+    return square < math.inf and abs(tx) < math.inf and abs(ty) < math.inf
+
+
 @compiled(fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"})
 @no_type_check
 def extract_patches(
@@ -127,7 +136,7 @@ def extract_patches(
         a, b, tx, ty = gaze[n, 0] * step, gaze[n, 1] * step, gaze[n, 2], gaze[n, 3]
         square = a * a + b * b
         reach = (abs(a) + abs(b)) * max(half_x, half_y)
-        if not (square < math.inf and abs(tx) < math.inf and abs(ty) < math.inf):
+        if not _finite(square, tx, ty):
             out[n] = math.nan
             continue
         middle, last, fraction, texels_0, finer, texels_1, coarser = two_levels(
@@ -154,10 +163,10 @@ def extract_patches(
 
 @compiled(fastmath={"contract", "nsz", "reassoc"})
 @no_type_check
-def blur(begin, end, picture, taps, step, first_row, first_column, out):
+def blur(begin, end, picture, taps, step, first, out):
     """Rows ``begin … end`` of every `step`-th sample of a picture after a blur both ways, edges replicated.
 
-    `first_row` and `first_column` say which sample of the picture the first tap of the first one reads.
+    `first` says which sample of the picture, down and across, the first tap of the first one reads.
     """
     height, width = picture.shape
     columns = out.shape[1]
@@ -166,11 +175,11 @@ def blur(begin, end, picture, taps, step, first_row, first_column, out):
     for r in range(begin, end):
         down[:] = 0
         for k in range(len(taps)):
-            weight, line = taps[k], picture[min(max(first_row + r * step + k, 0), height - 1)]
+            weight, line = taps[k], picture[min(max(first + r * step + k, 0), height - 1)]
             for c in range(width):
                 down[c] += weight * line[c]
         for c in range(len(padded)):
-            padded[c] = down[min(max(first_column + c, 0), width - 1)]
+            padded[c] = down[min(max(first + c, 0), width - 1)]
         across = out[r]
         across[:] = 0
         for k in range(len(taps)):

@@ -276,7 +276,8 @@ class Pyramid:
         """One compiled pass over all points of all gazes; a test holds it against `_extract_plain`."""
         from foveate.model.kernels import extract_patches
 
-        # Geometry in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px.
+        # Gazes in double precision: a float32 scene coordinate of 4000 px is only good to 2e-4 px. Points are counted
+        # from a corner of the lattice, in the texels' precision.
         out = np.empty(
             (gaze.shape[0], size[0] * size[1]), dtype=np.float64 if self.texels.dtype == torch.float64 else np.float32
         )
@@ -319,7 +320,8 @@ def extract(
         InputError: for pictures that are none, or gazes of another shape or number than the pictures.
 
     Convention: as `foveate.model.patch`; of pictures, full-resolution levels, so that the value is the definition's (to
-    1e-5 in float32); of a `Pyramid`, the levels it has. Differentiable in `gaze`. Device and dtype follow the pictures.
+    1e-5 in float32 with up to 250 lattice points a side, 4e-5 with 1000); of a `Pyramid`, the levels it has.
+    Differentiable in `gaze`. Device and dtype follow the pictures.
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 2:
         return extract([pictures], gaze[None], size, extent)[0]
@@ -460,10 +462,10 @@ def _smoothed_fused(
     """One compiled pass; a test holds it against `_smoothed_plain`."""
     from foveate.model.kernels import blur
 
-    out = torch.empty([count + 2 * around for count in samples], dtype=copy.dtype)
+    out = torch.empty([count + 2 * around for count in samples], dtype=copy.dtype, device="cpu")
     arrays = copy.detach().contiguous().numpy(), taps.to(copy.dtype).numpy()
     least = max(1, _TAPS_PER_THREAD // (copy.shape[1] * len(taps)))
-    share(blur, len(out), *arrays, step, first, first, out.numpy(), least=least)
+    share(blur, len(out), *arrays, step, first, out.numpy(), least=least)
     return out
 
 
@@ -490,5 +492,5 @@ def _smoothed_plain(
 @cache
 def _kernel(sd: float) -> tuple[Tensor, int]:
     radius = int(4 * sd + 0.5)
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sd) ** 2)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sd) ** 2)
     return taps / taps.sum(), radius

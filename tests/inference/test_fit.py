@@ -387,6 +387,15 @@ def test_scenes_that_were_learned_from_are_scored_by_models_that_were_not() -> N
     assert chosen[1] < chosen[2]
 
 
+def test_where_one_person_has_nearly_all_scenes_folds_are_of_single_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fit_core", quick_core)
+    monkeypatch.setattr(fitting, "fit_clutter", lambda *given: None)
+    pyramid = Pyramid.build([torch.zeros(30, 30)] * 20)
+    data = GuideData(pyramid, torch.ones(20, 4), torch.rand(20, 24, 24), person=torch.tensor([0] * 19 + [1]))
+    parts = [rows for _, rows in fitting.without_each_fold(quick_model(), data, torch.rand(20, 2, 24, 24), 0)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(20)) and max(map(len, parts)) <= 10
+
+
 def test_copies_that_scored_the_scenes_are_left_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The factor on the sds is then told by their posteriors."""
     scenes, model = soft_scenes(7), quick_model()
@@ -396,6 +405,7 @@ def test_copies_that_scored_the_scenes_are_left_with_what_was_chosen(monkeypatch
     def chosen(model: AttentionModel, guide: GazeGuide, pyramids: Any, near: Any, true: Any, by: Any) -> dict[str, Any]:
         scored.extend(by)
         assert torch.equal(torch.cat(true), scenes.gazes)
+        assert [len(pyramid) for pyramid in pyramids] == [4, 3]
         model.noise, model.temperature = 0.5, 7.0
         return {}
 
@@ -473,7 +483,7 @@ def test_fitting_returns_a_run_that_attends_the_same_from_disk(tmp_path: Path, m
     before = torch.get_rng_state()
     run = fit(scenes, progress=lambda stage, done, total, figure: seen.append(stage), **STEPS)
     assert torch.equal(torch.get_rng_state(), before)
-    assert list(dict.fromkeys(seen)) == ["reading", "glance", "look", "calibrating"]
+    assert list(dict.fromkeys(seen)) == ["reading", "glance", "look", "folds", "calibrating"]
     assert (seen.count("reading"), seen.count("glance"), seen.count("look")) == (14, 3, 2)
     assert run.config["scenes"] == 14 and run.config["held_out"] == 4 and run.config["clutter_pictures"] == 0
     assert 0 <= run.config["validation_accuracy"] <= 1

@@ -125,6 +125,17 @@ def test_features_without_gradients_are_those_with_them() -> None:
         torch.testing.assert_close(glance.see(views), with_gradients, rtol=1e-4, atol=1e-5)  # float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_features_of_other_precisions_are_seen_without_gradients_too(dtype: torch.dtype) -> None:
+    glance, views = Glance(4).eval().to(dtype), torch.rand(2, 48, 48)
+    with torch.no_grad(), torch.device("meta"):  # another default device is not where the views are
+        found = glance.see(views.to(dtype))
+    assert found.dtype == dtype and found.device == views.device
+    # bfloat16 has eight bits, and an untrained net's features are below 1.
+    wanted = glance.float().see(views)
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
 # ---- the loss
 
 

@@ -101,7 +101,7 @@ def test_extraction_is_the_definition_for_packed_pictures_of_any_sizes(
     np.testing.assert_allclose(slowly.numpy(), wanted, rtol=0, atol=1e-12)
     single = Pyramid.build(pictures(torch.float32), oversampling=None).extract(at, size, extent)
     assert single.dtype == torch.float32
-    # float32: the same sums; where to look is computed in float64.
+    # float32: the same sums, and points that are good to 1e-5 of a pixel of the level that is read.
     np.testing.assert_allclose(single.numpy(), wanted, rtol=0, atol=1e-5)
 
 
@@ -165,6 +165,23 @@ def test_the_compiled_blur_equals_the_differentiable_one(oversampling: float | N
             strict=True,
         ):
             torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("points", "tolerance"), [(250, 1e-5), (1000, 4e-5)])
+def test_wide_lattices_in_single_precision_are_as_near_as_is_said(points: int, tolerance: float) -> None:
+    picture = torch.rand(40, points, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    at = torch.tensor([[1.0, 0.003, points / 2, 20.0]], dtype=torch.float64)
+    exact, single = (extract(p, at, (4, points), points / 24) for p in (picture, picture.float()))
+    # Noise: neighbours differ by up to 1, and so does an error of place count.
+    torch.testing.assert_close(single.double(), exact, rtol=0, atol=tolerance)
+
+
+def test_a_pyramid_is_built_where_the_pictures_are() -> None:
+    picture = photograph(90, 120)
+    with torch.device("meta"):
+        built = Pyramid.build([picture])
+    assert built.texels.device == picture.device
+    assert torch.equal(built.texels, Pyramid.build([picture]).texels)
 
 
 def test_a_generator_of_pictures_is_read_one_by_one() -> None:
