@@ -478,7 +478,7 @@ def _maximisation(
             model.baselines[name], _ = choose_elliptical(y, validation, student=name == "student_t")
         # What was found out on labels is the start's: the guide's sds have been trained anew, on more scenes than they
         # were calibrated on, and for the posterior's scenes without labels know no other factor.
-        of_start = ("coverage_factor", "log_sd_offset")
+        of_start = ("coverage_factor", "log_sd_offset", "calibrated_on")
         config = {n: v for n, v in config.items() if n not in of_start and not n.startswith("validation_")}
         return _weighed(Run(model, guide, config), plan, held, number)
 

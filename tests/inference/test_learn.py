@@ -228,7 +228,9 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     run = small_run()
     run.guide.prior_weight.fill_(1.0)
     run.config["variants"] = {"without_guide_prior": {"temperature": 7.0, "noise": 0.5}}
-    run.config.update(coverage_factor=1.5, log_sd_offset=[0.1, 0.1, 0.1, 0.1], validation_accuracy=1.0)
+    run.config.update(
+        coverage_factor=1.5, log_sd_offset=[0.1, 0.1, 0.1, 0.1], calibrated_on="folds", validation_accuracy=1.0
+    )
     before = run.model.temperature
     believed: dict[str, set[bool]] = {}
 
@@ -264,7 +266,7 @@ def test_the_guide_is_a_prior_of_the_gaze_until_the_first_m_step_alone(monkeypat
     # How much edges say depends on the noise they will be asked at.
     assert fitted_at == [0.5, 0.5]
     assert learned.config["guide_prior"] is False
-    assert not learned.config.keys() & {"coverage_factor", "log_sd_offset", "validation_accuracy"}
+    assert not learned.config.keys() & {"coverage_factor", "log_sd_offset", "calibrated_on", "validation_accuracy"}
     assert (float(run.guide.prior_weight), run.model.temperature) == (1.0, before)
 
 
