@@ -35,7 +35,23 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 # What follows is also part of loops in `foveate.inference.kernels`, which numba keeps on disk by the date of that file
-# alone: whoever changes `two_levels` or `bilinear` has to touch it, or the old ones go on there.
+# alone: whoever changes one of these three has to touch it, or the old ones go on there.
+@numba.njit(nogil=True, inline="always")
+@no_type_check
+def _level(rows, columns, stride, corner_x, corner_y, number):
+    """Where a level begins at a corner (scene pixels, multiples of the stride), and its settings for `bilinear`."""
+    index = np.uint32
+    column, row = corner_x // stride, corner_y // stride
+    return row * columns + column, (
+        number(1.0 / stride),
+        index(max(columns - 2, 0) - column),
+        index(max(rows - 2, 0) - row),
+        index(columns),
+        index(1 if columns > 1 else 0),
+        index(columns if rows > 1 else 0),
+    )
+
+
 @numba.njit(nogil=True, inline="always")
 @no_type_check
 def two_levels(texels, offset, rows, columns, stride, size, scene, square, tx, ty, reach, number):
@@ -50,44 +66,18 @@ def two_levels(texels, offset, rows, columns, stride, size, scene, square, tx, t
 
     Convention: as `foveate.model.patch`, and so are the pyramid's arrays.
     """
-    index = np.uint32
     level = min(math.log2(max(square, 1.0)), offset.shape[1] - 1 - 1e-9)
     k = int(level)
-    stride_0, stride_1 = stride[scene, k], stride[scene, k + 1]
+    coarsest = stride[scene, k + 1]
     width, height = float(size[scene, 1] - 1), float(size[scene, 0] - 1)
-    corner_x = stride_1 * int(min(max(tx - reach, 0.0), max(width - stride_1, 0.0)) / stride_1)
-    corner_y = stride_1 * int(min(max(ty - reach, 0.0), max(height - stride_1, 0.0)) / stride_1)
-    columns_0, columns_1 = columns[scene, k], columns[scene, k + 1]
-    rows_0, rows_1 = rows[scene, k], rows[scene, k + 1]
-    first_0 = (corner_y // stride_0) * columns_0 + corner_x // stride_0
-    first_1 = (corner_y // stride_1) * columns_1 + corner_x // stride_1
+    corner_x = coarsest * int(min(max(tx - reach, 0.0), max(width - coarsest, 0.0)) / coarsest)
+    corner_y = coarsest * int(min(max(ty - reach, 0.0), max(height - coarsest, 0.0)) / coarsest)
     middle = (number(tx - corner_x), number(ty - corner_y))
     last = (number(width - corner_x), number(height - corner_y))
-    finer = (
-        number(1.0 / stride_0),
-        index(max(columns_0 - 2, 0) - corner_x // stride_0),
-        index(max(rows_0 - 2, 0) - corner_y // stride_0),
-        index(columns_0),
-        index(1 if columns_0 > 1 else 0),
-        index(columns_0 if rows_0 > 1 else 0),
-    )
-    coarser = (
-        number(1.0 / stride_1),
-        index(max(columns_1 - 2, 0) - corner_x // stride_1),
-        index(max(rows_1 - 2, 0) - corner_y // stride_1),
-        index(columns_1),
-        index(1 if columns_1 > 1 else 0),
-        index(columns_1 if rows_1 > 1 else 0),
-    )
-    return (
-        middle,
-        last,
-        number(level - k),
-        texels[offset[scene, k] + first_0 :],
-        finer,
-        texels[offset[scene, k + 1] + first_1 :],
-        coarser,
-    )
+    first_0, finer = _level(rows[scene, k], columns[scene, k], stride[scene, k], corner_x, corner_y, number)
+    first_1, coarser = _level(rows[scene, k + 1], columns[scene, k + 1], coarsest, corner_x, corner_y, number)
+    texels_0, texels_1 = texels[offset[scene, k] + first_0 :], texels[offset[scene, k + 1] + first_1 :]
+    return middle, last, number(level - k), texels_0, finer, texels_1, coarser
 
 
 @numba.njit(nogil=True, inline="always")
